@@ -19,7 +19,6 @@ from lib.endings import ended
 from lib.served import Server, write_place
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import hosts
-from mlx_segtrain.serving.jobs import rank
 from mlx_segtrain.serving.jobs.queue import Jobs
 from mlx_segtrain.serving.service import Service
 from mlx_segtrain.serving.settings import Settings
@@ -178,6 +177,42 @@ def test_what_ranks_cannot_do_is_said_at_once(
         asyncio.run(service.close())
 
 
+def test_the_plan_is_that_of_a_rank(place, tmp_path, monkeypatch):
+    """Ranks on one host share its memory. In a pipeline, a rank has a part of the layers."""
+    service = Service(Settings(store=tmp_path / "store", roots=(place,), ranks=2))
+    values = {"model_dir": str(place / "model"), "max_seq_length": 128, "batch_size": 4}
+
+    def plan(ranks, **more):
+        return asyncio.run(service.plan({**values, **more}, ranks))
+
+    try:
+        alone, shared = plan(1, memory_budget_gb=1), plan(2, memory_budget_gb=1)
+        assert alone.plan["budget"] == shared.plan["budget"] == 10**9
+        assert shared.message == alone.message.replace(" GB,", " GB per process,")
+        # With two micro-batches per step, a rank also keeps the sum of its gradients.
+        twice = plan(1, memory_budget_gb=1, grad_accumulation_steps=2)
+        assert alone.plan["peak"] < shared.plan["peak"] == twice.plan["peak"]
+
+        monkeypatch.setattr(hosts, "budget_bytes", lambda: 8 * 10**9)
+        for given in ({}, {"memory_budget_gb": None}, {"memory_budget_gb": "auto"}):
+            assert plan(2, **given).plan["budget"] == 4 * 10**9
+        pipeline = {"parallel": "pipeline", "segment_size": 1}
+        whole, split = (plan(n, **pipeline, memory_budget_gb=1).plan for n in (1, 2))
+        assert [own["rank"] for own in split["pipeline"]] == [0, 1]
+        pipeline["memory_budget_gb"] = (whole["peak"] + split["peak"]) / 2 / 1e9
+        assert not plan(1, **pipeline).fits and plan(2, **pipeline).fits
+
+        grpo = {"method": "grpo", "prompt_format": "raw", "max_completion_tokens": 32}
+        found = plan(2, **grpo, memory_budget_gb=1, batch_size=2).plan
+        assert found["rollout_peak"] > 0 and found["rollout_batch"] > 0
+        for ranks, more, status in ((3, {}, 422), (2, {**grpo, "batch_size": 1}, 422)):
+            with pytest.raises(InputError) as error:
+                plan(ranks, **more)
+            assert error.value.status == status
+    finally:
+        asyncio.run(service.close())
+
+
 def test_a_job_that_waited_for_a_server_with_fewer_ranks_fails(tmp_path):
     async def run():
         jobs = Jobs(tmp_path)
@@ -246,8 +281,8 @@ def test_no_gpu_of_others_is_taken(monkeypatch):
 def test_ranks_of_a_host_share_its_memory(monkeypatch):
     own = hosts.Hosts(hosts=[hosts.Host(ssh=name) for name in ("a", "b", "a")])
     assert own.ranks_here == [2, 1, 2]
-    monkeypatch.setattr(rank, "budget_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(hosts, "budget_bytes", lambda: 8 * 10**9)
     null, one = {"memory_budget_gb": None}, {"memory_budget_gb": 1}
     for count, given, budget in ((2, {}, 4), (2, null, 4), (1, {}, None), (2, one, 1)):
-        rank.share_memory(given, count)
+        hosts.share_memory(given, count)
         assert given.get("memory_budget_gb") == budget

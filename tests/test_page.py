@@ -555,6 +555,8 @@ def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
         for id, wanted in zip(ids, ("2", ""), strict=True):
             user.open(f"/finetune?origin={id}", page=page)
             expect(page.get_by_label("Processes")).to_have_value(wanted)
+        page.get_by_label("Processes").fill("2")
+        expect(page.get_by_text(re.compile(r"^Fits: .* GB per process, longest"))).to_be_visible()
         page.get_by_label("Processes").fill("3")
         page.get_by_role("button", name="Start training").click()
         wrong = page.locator(".field.invalid", has_text="this server allows at most 2 per job")

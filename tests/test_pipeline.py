@@ -190,7 +190,7 @@ def test_what_a_pipeline_cannot_do_is_said_by_all_ranks(models, rows, tmp_path):
             texts[1].startswith("model.embed_tokens of ") and "on the first rank, and" in texts[1]
         )
         assert texts[2].startswith(
-            "the model does not fit on 3 ranks: 0 of them are full, and layer 1 of 4"
+            "the model does not fit on 3 ranks: rank 0 does not have enough memory for layer 1 of 4"
         )
         assert "there are 3 ranks for 2 layers: start at most 2 ranks" in texts[3]
     assert not any((tmp_path / name / "metrics.jsonl").exists() for name in "abcd")

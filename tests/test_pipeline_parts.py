@@ -171,8 +171,10 @@ def test_layers_go_to_ranks_by_memory_and_by_speed():
     assert parts(3, [24] * 3, [1, 2, 1]) == [6, 12, 6]
     assert parts(3, [24, 24, 4], [1] * 3) == [10, 10, 4]
     assert parts(2, [3, 24], [5, 1]) == [3, 21]
-    with pytest.raises(NoRoom, match="2 of them are full, and layer 20 of 24"):
+    with pytest.raises(NoRoom, match="rank 2 does not have enough memory for layers 20 to 24"):
         parts(3, [16, 3, 2], [1] * 3)
+    with pytest.raises(NoRoom, match="rank 1 does not have enough memory for layer 17 of 24"):
+        parts(3, [16, 0, 9], [1] * 3)
     with pytest.raises(InputError, match="there are 5 ranks for 4 layers: start at most 4 ranks"):
         parts(5, [9] * 5, [1] * 5, layers=4)
 

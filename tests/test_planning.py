@@ -2,6 +2,7 @@
 actual steps."""
 
 import json
+import re
 import resource
 import struct
 import subprocess
@@ -404,6 +405,19 @@ def test_what_cannot_fit_is_refused_before_anything_loads(llama4, data, tmp_path
     with pytest.raises(InputError, match=r"needs at least .* tokens, more than the budget"):
         train(config)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_budget_that_is_a_byte_too_small_is_told_apart(llama4, data, tmp_path):
+    def plan(bytes_):
+        config = config_of(llama4, data, tmp_path / "a", memory_budget_gb=bytes_ / 1e9)
+        return plan_run(config.model_copy(update={"segment_size": 1}), full_batch(config))
+
+    peak = plan(10**9).planned.peak
+    assert plan(peak).fits
+    with pytest.raises(InputError, match="more than the budget") as error:
+        plan(peak - 1)
+    needed, budget = re.findall(r"([\d.]+) MB", str(error.value))
+    assert float(budget) < float(needed)
 
 
 def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4, tmp_path):

@@ -319,39 +319,30 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_plan
     from mlx_segtrain.hub import located, model, outline
-    from mlx_segtrain.planning import report
-    from mlx_segtrain.planning.rollouts import full_rollouts
-    from mlx_segtrain.planning.run import full_batch, plan_run
+    from mlx_segtrain.planning.report import planned_report
+    from mlx_segtrain.planning.run import full_batch
     from mlx_segtrain.planning.scaling import LINK, scaled
-    from mlx_segtrain.planning.splitting import pipeline_runs
+    from mlx_segtrain.training.ranks import Ranks
+    from mlx_segtrain.training.setup import accumulating
 
     with waiting() as show:
         # --plot runs the model, so it needs the weights.
         config = located(config, show, bring=outline if args.plot is None else model)
     batch = full_batch(config, args.loss_rows, args.shared)
-    if config.parallel == "pipeline":
-        if args.link or args.step_seconds:
-            raise InputError(
-                "--link and --step-seconds only apply with --parallel data: leave them out"
-            )
-        assert args.ranks is not None  # this was checked above
-        runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])
-        return answer(report.of_pipeline(runs), show_plan, args.json)
-    if args.rank_budgets:
+    count, pipeline = args.ranks or 1, config.parallel == "pipeline"
+    if pipeline and (args.link or args.step_seconds):
+        raise InputError(
+            "--link and --step-seconds only apply with --parallel data: leave them out"
+        )
+    if pipeline and args.plot is not None:
+        raise InputError("--plot only applies with --parallel data: leave it out")
+    if args.rank_budgets and not (pipeline and count > 1):
         raise InputError(
             "--rank-budgets has no effect without --ranks and --parallel pipeline: leave it out"
         )
-    run = plan_run(config, batch)
-    found = report.of(run)
-    if ROWS[config.method] == "prompt":
-        if args.ranks is not None:
-            from mlx_segtrain.training.ranks import Ranks
-            from mlx_segtrain.training.setup import accumulating
-
-            accumulating(config, Ranks(size=args.ranks), None, lambda event: None)
-        at_once, peak = full_rollouts(config, args.ranks or 1)
-        found = replace(found, rollout_batch=at_once, rollout_peak=peak)
-    if args.ranks is not None:
+    config = accumulating(config, Ranks(size=count, pipeline=pipeline), None, lambda event: None)
+    found, run = planned_report(config, batch, count, args.rank_budgets or [])
+    if args.ranks is not None and not pipeline:
         found = replace(found, ranks=scaled(run, args.ranks, args.link or LINK, args.step_seconds))
     if args.plot is not None:
         from mlx_segtrain.commands.picture import draw

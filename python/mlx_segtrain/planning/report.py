@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .run import RunPlan
+from ..config import ROWS, TrainConfig
+from ..streams import BatchShape
+from .rollouts import full_rollouts
+from .run import RunPlan, plan_run
 from .scaling import Scaled
-from .splitting import Held, held
+from .splitting import Held, held, pipeline_runs
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,23 @@ class PlanReport:
     rollout_peak: int | None = None
 
 
-def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
-    """Returns the report for a pipeline whose ranks have these plans."""
-    most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
-    return replace(of(most), pipeline=held(runs))
+def planned_report(
+    config: TrainConfig, batch: BatchShape, ranks: int = 1, budgets: Sequence[float] = ()
+) -> tuple[PlanReport, RunPlan]:
+    """Plans a run whose largest batch has this shape, on `ranks` ranks, and returns the report and
+    the plan that it describes. For a pipeline, `budgets` contains the memory budget of each rank,
+    in 10⁹ bytes; if it is empty, each rank has the budget of this machine's device. Raises NoRoom
+    if the run does not fit into memory, and InputError if the model does not support it."""
+    if config.parallel == "pipeline" and ranks > 1:
+        runs = pipeline_runs(config, batch, ranks, budgets)
+        run = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
+        return replace(of(run), pipeline=held(runs)), run
+    run = plan_run(config, batch)
+    found = of(run)
+    if ROWS[config.method] == "prompt":
+        at_once, peak = full_rollouts(config, ranks)
+        found = replace(found, rollout_batch=at_once, rollout_peak=peak)
+    return found, run
 
 
 def of(run: RunPlan) -> PlanReport:

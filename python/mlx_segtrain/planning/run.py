@@ -95,9 +95,10 @@ class RunPlan:
         )
         if self.size is not None and self.within(self.budget).fits:
             advice = "set segment_size to auto, which would fit"
+        needed, budget = _gb(self.planned.peak, self.budget)
         return NoRoom(
-            f"{name} needs {least}{_gb(self.planned.peak)} for {self.batch.rows} × "
-            f"{self.batch.length} tokens, more than the budget of {_gb(self.budget)}: {advice}."
+            f"{name} needs {least}{needed} for {self.batch.rows} × {self.batch.length} tokens, more "
+            f"than the budget of {budget}: {advice}."
         )
 
     def longest(self, budget: int | None = None) -> int:
@@ -291,9 +292,10 @@ def planned(
     run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
     if fills and weights > budget:
+        needed, given = _gb(weights, budget)
         raise NoRoom(
-            f"the weights of {title(config.model_dir)} alone need {_gb(weights)}, more than "
-            f"the budget of {_gb(budget)}: use a smaller model, or raise memory_budget_gb."
+            f"the weights of {title(config.model_dir)} alone need {needed}, more than the budget "
+            f"of {given}: use a smaller model, or raise memory_budget_gb."
         )
     return run.filled() if fills else run
 
@@ -345,6 +347,13 @@ def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     return ranks
 
 
-def _gb(n: int) -> str:
-    """Formats a number of bytes with enough digits to distinguish different sizes."""
-    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"
+def _gb(*sizes: int) -> list[str]:
+    """Formats different numbers of bytes with enough digits to distinguish them."""
+    digits, texts = 2, list[str]()
+    while len(set(texts)) < len(sizes) and digits < 10:
+        texts = [
+            f"{n / 1e9:.{digits}f} GB" if n >= 1e8 else f"{n / 1e6:.{digits + 1}g} MB"
+            for n in sizes
+        ]
+        digits += 1
+    return texts

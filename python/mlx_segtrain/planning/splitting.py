@@ -189,11 +189,14 @@ def split(
 
     found = cut(MOST_SECONDS)
     if len(found) < ranks:
-        at = found[-1].end if found else 0
+        rank, first = len(found), found[-1].end + 1 if found else 1
+        rest = f"layer {first} of {layers}"
+        if rank == ranks - 1 and first < layers:  # the last rank needs all remaining layers
+            rest = f"layers {first} to {layers}"
         raise NoRoom(
-            f"the model does not fit on {ranks} ranks: {len(found)} of them are full, and layer "
-            f"{at + 1} of {layers} cannot be placed: lower max_seq_length or batch_size, raise "
-            "memory_budget_gb, or start more ranks."
+            f"the model does not fit on {ranks} ranks: rank {rank} does not have enough memory for "
+            f"{rest}: lower max_seq_length or batch_size, raise memory_budget_gb, or start more "
+            "ranks."
         )
     low, high = 0.0, max(map(takes, found))
     for _ in range(HALVINGS):

@@ -6,11 +6,13 @@ import json
 import os
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
+from ..planning.budget import budget_bytes
 
 #: For a host with this name, mlx.launch starts processes on this machine, without SSH.
 HERE = "127.0.0.1"
@@ -134,3 +136,11 @@ def _checked(own: Hosts, file: Path) -> Hosts:
             "reach it."
         )
     return own
+
+
+def share_memory(values: dict[str, Any], ranks: int) -> None:
+    """If several ranks share the memory of this host, limits the run's memory budget to this rank's
+    share. This is not needed with CUDA, where each rank has its own GPU."""
+    unset = values.get("memory_budget_gb") in (None, "auto")  # a client may also send null
+    if unset and ranks > 1 and not mx.cuda.is_available():
+        values["memory_budget_gb"] = budget_bytes() / 1e9 / ranks

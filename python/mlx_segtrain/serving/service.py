@@ -26,9 +26,9 @@ from ..data.sources import format_of, sources_of
 from ..errors import InputError, NoRoom, RunError, shown
 from ..hub_search import Hit
 from ..models.snapshot import Snapshot
-from ..planning import report as plan_report
 from ..planning.budget import budget_bytes
-from ..planning.run import full_batch, plan_run
+from ..planning.report import planned_report
+from ..planning.run import full_batch
 from ..training.ranks import Ranks, check_ranks
 from ..training.record import machine
 from ..training.setup import accumulating
@@ -36,6 +36,7 @@ from . import catalog
 from .confined.parent import INSPECTING, INSPECTIONS, Confined
 from .generation.engine import Engine
 from .generation.mounting import Base
+from .hosts import share_memory
 from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
 from .jobs.queue import Jobs
@@ -282,11 +283,13 @@ class Service:
                     paths[name] = self._place_of(name)(getattr(config, name))
         return config.model_copy(update=paths)
 
-    async def plan(self, values: Mapping[str, Any]) -> Plan:
-        """Plans a run. Raises InputError for an invalid configuration, but not for insufficient
-        memory."""
-        config = self.config(values, data_dir="unused", adapter_path="unused")
-        return await self.plans.run(_plan, config)
+    async def plan(self, values: Mapping[str, Any], ranks: int = 1) -> Plan:
+        """Plans a run with this number of ranks. Raises InputError for an invalid configuration,
+        but not for insufficient memory."""
+        shared = dict(values)
+        share_memory(shared, max(self.hosts.first(ranks).ranks_here))
+        config = self.config(shared, data_dir="unused", adapter_path="unused")
+        return await self.plans.run(_plan, _of_rank(config, ranks), ranks)
 
     async def inspect(
         self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
@@ -326,12 +329,7 @@ class Service:
         self.outputs.check_run(config)
         if ranks > 1:
             stated["ranks"] = ranks
-            group = Ranks(size=ranks, pipeline=config.parallel == "pipeline")
-            try:
-                check_ranks(config, group)
-                accumulating(config, group, None, lambda event: None)
-            except InputError as error:
-                raise InputError(str(error), status=422, field=error.field) from None
+            _of_rank(config, ranks)
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
@@ -446,16 +444,27 @@ def resident() -> int | None:
     return pages * resource.getpagesize()
 
 
-def _plan(config: TrainConfig) -> Plan:
+def _of_rank(config: TrainConfig, ranks: int) -> TrainConfig:
+    """Returns the configuration with which each of these ranks trains. Raises InputError if this
+    number of ranks cannot train with the configuration."""
+    group = Ranks(size=ranks, pipeline=ranks > 1 and config.parallel == "pipeline")
     try:
-        run = plan_run(config, full_batch(config))
+        check_ranks(config, group)
+        return accumulating(config, group, None, lambda event: None)
+    except InputError as error:
+        raise InputError(str(error), status=422, field=error.field) from None
+
+
+def _plan(config: TrainConfig, ranks: int) -> Plan:
+    try:
+        found, _ = planned_report(config, full_batch(config), ranks)
     except NoRoom as error:
         return Plan(False, str(error), None)
-    found = plan_report.of(run)
     if not found.predicted:
         return Plan(True, found.plan, asdict(found))
     peak, budget = found.peak / 1e9, found.budget / 1e9
-    text = f"fits: {peak:.1f} of {budget:.1f} GB, longest {found.longest:,} tokens"
+    each = " per process" if ranks > 1 else ""
+    text = f"fits: {peak:.1f} of {budget:.1f} GB{each}, longest {found.longest:,} tokens"
     return Plan(True, text, asdict(found))
 
 

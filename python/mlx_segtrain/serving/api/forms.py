@@ -78,13 +78,13 @@ class FinetuneSubmit(RunRequest, Ranked):
     """A training run, and the number of its processes."""
 
 
-class PlanRequest(RunRequest):
+class PlanRequest(RunRequest, Ranked):
     """A training run whose data_dir is optional, because memory use does not depend on the data."""
 
     data_dir: str | None = None
 
 
-class CopyRequest(PlanRequest, Ranked):
+class CopyRequest(PlanRequest):
     """A training run to show as a command, a YAML file and a Python program."""
 
 

@@ -146,7 +146,8 @@ async def defaults() -> forms.Defaults:
 @router.post("/api/finetune/plan", tags=["training"])
 async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
     """Estimates the memory usage of a training run without loading the model."""
-    return forms.Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
+    values = body.model_dump(exclude_unset=True, exclude={"ranks"})
+    return forms.Planned(**vars(await service.plan(values, body.ranks)))
 
 
 @router.post("/api/finetune/copy", tags=["training"])

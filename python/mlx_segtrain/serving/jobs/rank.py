@@ -13,10 +13,8 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-import mlx.core as mx
-
-from ...planning.budget import budget_bytes
 from ...torchless import hide_torch
+from ..hosts import share_memory
 from .kinds import tell
 from .worker import Printed, last_event, run_confined
 
@@ -42,11 +40,3 @@ def _given() -> dict[str, Any]:
     """Reads the lines that group.py sends, up to an empty line."""
     lines = takewhile(bool, (line.rstrip("\r\n") for line in sys.stdin))
     return json.loads("".join(line[1:] for line in lines))
-
-
-def share_memory(values: dict[str, Any], ranks: int) -> None:
-    """If several ranks share the memory of this host, limits the run's memory budget to this rank's
-    share. This is not needed with CUDA, where each rank has its own GPU."""
-    unset = values.get("memory_budget_gb") is None  # a client may also send null
-    if unset and ranks > 1 and not mx.cuda.is_available():
-        values["memory_budget_gb"] = budget_bytes() / 1e9 / ranks

@@ -204,7 +204,7 @@ export default async function setup(main) {
   const verdict = h("div.stack");
   const problem = h("div", { role: "alert" });
   const name = input("optional", { maxlength: 120 });
-  const ranks = input("1", { type: "number", min: 1, max: state.ranks });
+  const ranks = input("1", { type: "number", min: 1, max: state.ranks, oninput: changed });
   const ranksField = labelled("Processes", ranks, { key: "ranks",
     about: `Up to ${state.ranks}. "Parallelism" sets how the processes share the work.` });
   const start = button("Start training", null, "primary.wide");
@@ -254,8 +254,12 @@ export default async function setup(main) {
     }
   }
 
-  const values = () => ({ ...form.values, model_dir: model.value, data_dir: data.value });
-  const run = () => (ranks.value ? { ...values(), ranks: Number(ranks.value) } : values());
+  const values = () => ({
+    ...form.values,
+    ...(ranks.value && { ranks: Number(ranks.value) }),
+    model_dir: model.value,
+    data_dir: data.value,
+  });
 
   async function plan() {
     const own = ++asked;
@@ -290,7 +294,7 @@ export default async function setup(main) {
     try {
       const { data_dir, ...rest } = values();
       await api("/api/finetune/plan", rest); // otherwise the job would fail later
-      const { job_id } = await api("/api/finetune/submit", run());
+      const { job_id } = await api("/api/finetune/submit", values());
       const label = name.value.trim();
       if (label) await api(`/api/jobs/${job_id}`, { label }, { method: "PATCH" });
       location.assign(`/finetune/job/${job_id}`);
@@ -344,7 +348,7 @@ export default async function setup(main) {
         h("p.small.muted", `${device.name}: ${size(device.free_bytes)} of `,
           `${size(device.memory_bytes)} free for a run`)),
       card("Start", labelled("Name of the run", name).element, state.ranks > 1 && ranksField.element,
-        problem, start, copies(run)))));
+        problem, start, copies(values)))));
 
   // Initial values: from an earlier run or the address, or the only model.
   const only = (all) => (all.length === 1 ? all[0].path : null);
