@@ -9,14 +9,16 @@ the row that is in the loss, counted from its end. SHAPE is the shape of a known
 minicpm5-1b or qwen3-8b), with random 4-bit weights. The cells are:
     segtrain:N    this package with N layers per segment (0 turns segments off)
     segtrain:XGB  the fastest plan that fits in this much memory; segtrain:min is the plan with the
-                  least memory, and segtrain:auto uses the device's free memory
+                  least memory, and segtrain:auto uses the device's free memory;
+                  segtrain:auto,bf16 is for a CPU with `matmul_precision: bfloat16`
     dpo:…         the same plans for a DPO step on one pair with --length tokens in each sequence;
                   the sequences share the fraction --shared of their tokens, and the rest is the
                   response; the log-probabilities of the reference are not computed
     mlx-lm        stock LoRA layers and loss with nn.value_and_grad; mlx-lm:ckpt uses
                   grad_checkpoint
     peft          HF transformers + PEFT with torch; peft:ckpt uses gradient checkpointing. It runs
-                  in float32 on the CPU; for a SHAPE on a GPU, in bfloat16 without quantization
+                  in float32 on the CPU (peft:bf16 in bfloat16); for a SHAPE on a GPU, in bfloat16
+                  without quantization
     liger:nf4     for a SHAPE on a GPU (bench/peers.py): peft with Liger's kernels and a 4-bit
                   base; liger:bf16 has no quantization; liger:nf4-ckpt and liger:bf16-ckpt use
                   gradient checkpointing
@@ -296,8 +298,9 @@ def segtrain(args, variant, shared=None):
     model, vocabulary = load(args.model)
     shape = shape_of(args.model, model)
     objective, batch, of = batch_of(vocabulary, args.length, args.length - prompt(args), shared)
-    with ops.repeatable(not args.any_order):
-        plan = plan_of(shape, variant or "auto", of, repeats=not args.any_order)
+    name, _, precision = (variant or "auto").partition(",")
+    with ops.repeatable(not args.any_order), ops.bfloat16_products(precision == "bf16"):
+        plan = plan_of(shape, name, of, repeats=not args.any_order)
         step = training_step(model, shape, plan, objective, batch, of=of)
         resting = mx.get_active_memory()
         first, times = timed(step, args.steps)
@@ -390,7 +393,7 @@ def peft_model(name, variant=None):
         config: Any = AutoConfig.for_model(SHAPES[name]["model_type"], **fields)
         weights = None
     else:
-        device, dtype = "cpu", torch.float32
+        device, dtype = "cpu", torch.bfloat16 if variant == "bf16" else torch.float32
         source, _ = load_model(Path(name))
         dense: Any = dequantize_model(source).parameters()
         weights = {

@@ -115,6 +115,17 @@ bool set_repeatable(bool on);
 /// Returns the value that was last passed to set_repeatable.
 bool is_repeatable();
 
+/// Whether this machine's CPU has the instructions (AVX512-BF16) for set_bfloat16_products.
+bool has_bfloat16_products();
+
+/// Sets whether products of activations or gradients with frozen weights, in ops that are created from now
+/// on, round their factors to bfloat16 on a CPU; sums are float32. Returns the previous setting. Throws
+/// std::invalid_argument if the CPU does not have the instructions.
+bool set_bfloat16_products(bool on);
+
+/// Returns the value that was last passed to set_bfloat16_products.
+bool is_bfloat16_products();
+
 /// Returns the implementation that 'auto' chooses for plain causal attention over many tokens on a device
 /// ("cpu", "metal" or "cuda"). The device need not be in this machine. `cudnn` says whether the package
 /// includes cuDNN's attention (CUDA), and `nax` whether the GPU has neural accelerators (Metal); `repeats` is

@@ -39,7 +39,11 @@ void over(size_t n, size_t least, const Run& run) {
 class Scratch {
  public:
   explicit Scratch(size_t n) : data_(mlx::core::allocator::malloc(n * sizeof(float))) {}
-  operator float*() const { return static_cast<float*>(data_.buffer().raw_ptr()); }
+  operator float*() const { return as<float>(); }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_.buffer().raw_ptr());
+  }
 
  private:
   mlx::core::allocator::Data data_;

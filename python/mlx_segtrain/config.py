@@ -379,6 +379,13 @@ class TrainConfig(BaseModel):
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
     """Produce bit-identical results for the same seed on the same device. On CUDA, false allows
     cuDNN attention, which is faster but not deterministic."""
+    matmul_precision: Literal["float32", "bfloat16"] = option(
+        "float32", OPTIMIZER | WARN | Facets(affects=("loss",))
+    )
+    """Precision of products with the base weights on a CPU. With bfloat16, activations, gradients
+    and weights are rounded to bfloat16 before they are multiplied, and products are summed in
+    float32. This is faster, but requires a CPU with AVX512-BF16 (AMD Zen 4, Intel Sapphire Rapids,
+    or newer)."""
     steps_per_report: Int = option(10, EVALUATION, title="Report interval, steps", ge=1)
     """Number of steps between reports of the training metrics."""
     steps_per_eval: Int = option(50, EVALUATION | WARN, title="Evaluation interval, steps", ge=1)

@@ -48,12 +48,7 @@ void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int
     // z = h · Wᵀ + bias, softcapped
     parallel_for(blocks, [&](int block) {
       int n0 = block * TILE_ROWS, n1 = std::min(v, n0 + TILE_ROWS);
-      Scratch scratch(head.dense ? 0 : static_cast<size_t>(n1 - n0) * hidden);
-      auto [data, ld] = tile(head, n0, n1, 0, hidden, scratch);
-      if (in.bias)
-        for (int i = 0; i < m; ++i)
-          std::copy(in.bias + n0, in.bias + n1, logits + static_cast<size_t>(i) * v + n0);
-      gemm(false, true, m, n1 - n0, hidden, 1, h, hidden, data, ld, in.bias ? 1 : 0, logits + n0, v);
+      linear_tile(head, n0, n1, m, h, in.bias, 0, nullptr, nullptr, logits);
       if (in.cap > 0)
         for (int i = 0; i < m; ++i) rows().softcap(logits + static_cast<size_t>(i) * v + n0, n1 - n0, in.cap);
     });

@@ -2,6 +2,7 @@
 
 #include "core/binding.h"
 #include "core/gpu.h"
+#include "cpu/bfloat16.h"
 
 namespace segtrain {
 
@@ -96,15 +97,16 @@ CpuBase::CpuBase(const Base& base)
       n(base.out()),
       k(base.in()),
       dense(!base.scales),
-      affine(base.biases.has_value()) {
+      affine(base.biases.has_value()),
+      rounded(cpu::rounds_products()) {
   if (!dense) arrays.push_back(*base.scales);
   if (affine) arrays.push_back(*base.biases);
 }
 
 cpu::Weight CpuBase::weight(const Inputs& in, int first) const {
-  if (dense) return {in[first], nullptr, nullptr, nullptr, 0, 0, n, k};
+  if (dense) return {in[first], nullptr, nullptr, nullptr, 0, 0, n, k, rounded};
   auto biases = affine ? in[first + 2] : nullptr;
-  return {nullptr, in.as<uint32_t>(first), in.at(first + 1), biases, bits, group, n, k};
+  return {nullptr, in.as<uint32_t>(first), in.at(first + 1), biases, bits, group, n, k, rounded};
 }
 
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
@@ -222,7 +224,27 @@ mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx
   return mx::astype(y, x.dtype(), s);
 }
 
+bool has_bfloat16_products() {
+  return cpu::bfloat16();
+}
+
+bool set_bfloat16_products(bool on) {
+  check(!on || has_bfloat16_products(), "This processor has no AVX512-BF16 instructions.");
+  return cpu::set_rounds_products(on);
+}
+
+bool is_bfloat16_products() {
+  return cpu::rounds_products();
+}
+
 const Binding binding([](nb::module_& m) {
+  m.def("has_bfloat16_products", &has_bfloat16_products,
+        "Returns whether this machine's CPU has the instructions (AVX512-BF16) for set_bfloat16_products.");
+  m.def("set_bfloat16_products", &set_bfloat16_products, "on"_a,
+        "Sets whether products with frozen weights on a CPU round their factors to bfloat16, and returns the "
+        "previous setting.");
+  m.def("is_bfloat16_products", &is_bfloat16_products,
+        "Returns the value that was last passed to set_bfloat16_products.");
   nb::class_<Base>(m, "Base",
                    "A frozen weight [out, in]: dense, or quantized in the format of `mx.quantize`.")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>,

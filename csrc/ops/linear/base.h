@@ -20,7 +20,7 @@ Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears);
 struct CpuBase {
   Arrays arrays;
   int bits, group, n, k;
-  bool dense, affine;
+  bool dense, affine, rounded;
 
   explicit CpuBase(const Base& base);
   cpu::Weight weight(const Inputs& in, int first) const;

@@ -15,6 +15,7 @@ struct Weight {
   const float* biases;
   int bits, group;
   int n, k;
+  bool rounded;  ///< whether products round both factors to bfloat16 (cpu/bfloat16.h)
 };
 
 /// A piece of a weight in float32; `ld` is the row stride.
@@ -37,6 +38,10 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
 /// y = x·wᵀ + bias + z·b. x [m, k], z [m, r], b [r, n], bias [n] → y [m, n]; bias and z may be null.
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
             float* y);
+
+/// Computes columns [n0, n1) of `linear` on the calling thread.
+void linear_tile(const Weight& w, int n0, int n1, int m, const float* x, const float* bias, int r,
+                 const float* z, const float* b, float* y);
 
 /// Returns the number of bytes of scratch memory that `linear` needs for all threads together, if w is
 /// quantized.

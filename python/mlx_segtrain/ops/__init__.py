@@ -137,6 +137,18 @@ def repeatable(on: bool) -> Iterator[None]:
         _core.set_repeatable(before)
 
 
+@contextmanager
+def bfloat16_products(on: bool) -> Iterator[None]:
+    """Inside this context, if `on` is true, ops on a CPU round activations, gradients and frozen
+    weights to bfloat16 before they multiply them. The setting applies to the whole process. Raises
+    ValueError if the CPU does not have AVX512-BF16."""
+    before = _core.set_bfloat16_products(on)
+    try:
+        yield
+    finally:
+        _core.set_bfloat16_products(before)
+
+
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:

@@ -81,7 +81,7 @@ def with_references(
 
 def model_key(config: TrainConfig) -> str:
     """Returns a hash that identifies the model and the conditions under which it runs. The hash
-    covers MLX's version, the device, whether kernels must be deterministic, and the path, size and
+    covers MLX's version, the device, the settings of the kernels, and the path, size and
     modification time of the model's files. It does not cover the content of these files, which
     would take too long to read."""
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
@@ -90,7 +90,7 @@ def model_key(config: TrainConfig) -> str:
         digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     digest.update(
         f"{version('mlx')}\0{mx.default_device()}\0{mx.device_info().get('device_name')}\0"
-        f"{_core.is_repeatable()}".encode()
+        f"{_core.is_repeatable()}\0{_core.is_bfloat16_products()}".encode()
     )
     return digest.hexdigest()
 
