@@ -137,6 +137,7 @@ def changed(method: str) -> dict[str, Any]:
         "segment_size": 2,
         "memory_budget_gb": 20.5,
         "deterministic": False,
+        "matmul_precision": "bfloat16",
         "steps_per_save": 3,
         "keep_checkpoints": 4,
         "on_spike": "skip",
