@@ -97,8 +97,8 @@ class RunPlan:
             advice = "set segment_size to auto, which would fit"
         needed, budget = _gb(self.planned.peak, self.budget)
         return NoRoom(
-            f"{name} needs {least}{needed} for {self.batch.rows} × {self.batch.length} tokens, more "
-            f"than the budget of {budget}: {advice}."
+            f"{name} needs {least}{needed} for {self.batch.rows} × {self.batch.length} tokens, "
+            f"more than the budget of {budget}: {advice}."
         )
 
     def longest(self, budget: int | None = None) -> int:
