@@ -333,6 +333,61 @@ def test_settings_come_from_a_file(user, site, titles, tmp_path):
     ).to_be_visible()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "dpo", "lr_schedule": "constant", "learning_rate": 2e-4},
+        {"method": "grpo", "grpo_loss": "dapo", "mask_truncated": False, "clip_high": 0.2},
+        {"method": "grpo", "grpo_loss": "dr_grpo", "advantage_scaling": "group"},
+        {"sample_prompts": ["Two\nlines", "  indented"]},
+    ],
+    ids=str,
+)
+def test_settings_of_a_file_are_kept(user, site, tmp_path, given):
+    """A value may be the default of another method or loss, and a text may have several lines."""
+    page = user.open()
+    own = tmp_path / "mine.yaml"
+    given = {"model_dir": str(site.work / "tiny"), **given}
+    own.write_text(yaml.safe_dump(given))
+    page.locator("[type=file][accept*=yaml]").set_input_files(str(own))
+    expect(page.get_by_text("mine.yaml is loaded.")).to_be_visible()
+    page.get_by_role("button", name="YAML", exact=True).click()
+    copied = page.get_by_label("YAML", exact=True)
+    expect(copied).to_be_visible()
+    assert yaml.safe_load(copied.input_value()) == {**given, "adapter_path": "adapters"}
+
+
+def test_a_default_is_that_of_the_other_settings(user, titles):
+    page = user.open()
+    page.get_by_label(titles["method"], exact=True).select_option("grpo")
+    truncated = page.get_by_label(titles["mask_truncated"])
+    truncated.evaluate("own => own.closest('details').open = true")
+    choices = truncated.locator("option")
+    for loss, usual, scale in (("dapo", "yes", "0.28"), ("gspo", "no", "0.0004")):
+        page.get_by_label(titles["grpo_loss"]).select_option(loss)
+        assert choices.all_inner_texts()[0] == f"{usual} (default)"
+        expect(page.get_by_label(titles["clip_high"])).to_have_attribute("placeholder", scale)
+    page.get_by_label(titles["method"], exact=True).select_option("dpo")
+    page.get_by_role("button", name="Standard").click()  # dpo's default schedule is the preset's
+    expect(page.get_by_role("button", name="Standard", pressed=True)).to_have_count(1)
+
+
+def test_a_wrong_setting_is_no_fault_of_the_data(user, titles):
+    page = user.open()
+    choose(page, "Model", "tiny")
+    choose(page, "Data set", "counting")
+    report = page.get_by_text("Training rows", exact=True)
+    expect(report).to_be_visible()
+    seed = page.get_by_label(titles["seed"], exact=True)
+    seed.evaluate("own => own.closest('details').open = true")
+    seed.fill("x")
+    expect(page.locator(".field.invalid")).to_have_count(1)
+    expect(page.locator(".field.invalid")).to_contain_text("seed must be an integer >= 0; got 'x'")
+    seed.fill("1")
+    expect(page.locator(".field.invalid")).to_have_count(0)
+    expect(report).to_be_visible()
+
+
 @pytest.fixture(scope="module")
 def runs(site) -> list[str]:
     """Returns the ids of two finished runs with different settings, and of a failed run."""
@@ -466,8 +521,14 @@ def test_older_jobs_are_a_click_away(user, site):
         page = user.open("/finetune/jobs")
         expect(page.get_by_text(ids[-1])).to_be_visible()
         expect(page.get_by_text(ids[0])).to_have_count(0)
+        page.route("**/api/jobs*before=*", lambda route: route.abort())
+        page.get_by_role("button", name="Older jobs").click()
+        expect(page.get_by_role("alert")).not_to_be_empty()
+        page.unroute("**/api/jobs*before=*")
+        user.faults.clear()  # the browser reports the request that failed
         page.get_by_role("button", name="Older jobs").click()
         expect(page.get_by_text(ids[0])).to_be_visible()
+        expect(page.get_by_role("alert")).to_have_count(0)
         page.wait_for_timeout(2500)  # the entry is still shown after the list is refreshed
         expect(page.get_by_text(ids[0])).to_be_visible()
     finally:

@@ -783,11 +783,16 @@ def default(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if field.is_required():
         return "required"
-    if field.default in (None, [], {}):
+    return written(field.default)
+
+
+def written(value: Any) -> str:
+    """Returns a value of a field as it is written in YAML and in the table."""
+    if value in (None, [], {}):
         return "none"
-    if isinstance(field.default, list):
-        return ", ".join(field.default)
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+    if isinstance(value, list):
+        return ", ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def defaults(name: str) -> str:

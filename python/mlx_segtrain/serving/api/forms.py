@@ -1,12 +1,23 @@
 """Requests and responses of /api."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default, defaults
+from ...config import (
+    FACETS,
+    OF_LOSS,
+    REFUSED,
+    Method,
+    TrainConfig,
+    affecting,
+    allowed,
+    default,
+    defaults,
+    written,
+)
 from ...data import Report
 from ...fields import Group, Int, choices, is_list, kind
 from ...hub_search import Hit
@@ -330,8 +341,9 @@ class FieldRow(BaseModel):
     )
     type: str
     default: str
-    defaults: dict[str, str] = Field(
-        description="The defaults of the methods for which `default` does not apply, by method."
+    defaults: dict[str, dict[str, str]] = Field(
+        description="The defaults that apply instead of `default`, by the name and the value of "
+        "the setting on which they depend: `method`, or `grpo_loss` with method grpo."
     )
     required: bool
     methods: list[str]
@@ -436,9 +448,22 @@ def _description(name: str) -> str:
 
 def _rows() -> list[FieldRow]:
     where = {"model_dir": ".", "data_dir": ".", "adapter_path": "."}
-    runs = {
-        method: TrainConfig.model_validate({**where, "method": method}) for method in OBJECTIVES
-    }
+
+    def run(**given: str) -> TrainConfig:
+        return TrainConfig.model_validate({**where, **given})
+
+    methods = {method: run(method=method) for method in OBJECTIVES}
+    losses = {loss: run(method="grpo", grpo_loss=loss) for loss in OF_LOSS}
+
+    def others(name: str, runs: Mapping[str, TrainConfig], usual: Any) -> dict[str, str]:
+        values = {key: getattr(run, name) for key, run in runs.items()}
+        return {key: written(value) for key, value in values.items() if value != usual}
+
+    def by_setting(name: str, usual: Any) -> dict[str, dict[str, str]]:
+        found = {"grpo_loss": others(name, losses, getattr(methods["grpo"], name))}
+        found["method"] = others(name, methods, usual)
+        return {key: own for key, own in found.items() if own and key != name}
+
     return [
         FieldRow(
             name=name,
@@ -446,11 +471,7 @@ def _rows() -> list[FieldRow]:
             group=FACETS[name].group,
             type=getattr(kind(field), "__name__", "str"),
             default=default(name),
-            defaults={
-                method: str(value)
-                for method, run in runs.items()
-                if name not in (*where, "method") and (value := getattr(run, name)) != field.default
-            },
+            defaults={} if name in (*where, "method") else by_setting(name, field.default),
             methods=list(FACETS[name].methods),
             affects=list(FACETS[name].affects),
             texts=FACETS[name].texts,

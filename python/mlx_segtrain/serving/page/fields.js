@@ -37,12 +37,12 @@ class Field {
     Object.assign(this, labelled(row.title, this.control, { about, key: row.name, kind }));
   }
 
-  // Shows the field, with the method's default, if the field applies to the method.
-  suit(method) {
+  // Shows the field, with its default, if it applies to the method. `valueOf` returns other settings.
+  suit(valueOf) {
     const { row, control, words } = this;
-    this.shown = !row.methods.length || row.methods.includes(method);
+    this.shown = !row.methods.length || row.methods.includes(valueOf("method"));
     this.element.hidden = !this.shown;
-    const standard = standardOf(row, method);
+    const standard = standardOf(row, valueOf);
     if (words.length) {
       const named = row.type === "bool" ? { true: "yes", false: "no" } : {};
       const options = words.map((x) => [x === standard ? "" : x, named[x] ?? x]);
@@ -67,6 +67,7 @@ class Field {
     const { row } = this;
     const text = this.control.value.trim();
     if (!text || !this.shown) return null;
+    if (this.control.value === this.loaded?.text) return this.loaded.list;
     if (row.is_list) return text.split(row.texts ? /\s*\n\s*/ : /[\s,]+/).filter(Boolean);
     if (row.type === "bool") return text === "true";
     return NUMBER.test(text) ? Number(text) : text;
@@ -85,11 +86,14 @@ class Field {
     else if (typeof value === "object") text = JSON.stringify(value);
     this.control.value = text;
     if (this.control.value !== text) this.control.value = ""; // the default of a choice
+    // Until it is changed, a list is kept, because a line break in one of its texts would divide this text.
+    if (this.row.texts && Array.isArray(value)) this.loaded = { text: this.control.value, list: value };
   }
 }
 
-// A field's default with a method, in words.
-export const standardOf = (row, method) => row.defaults[method] ?? row.default;
+// A field's default in words. It may depend on other settings, which `valueOf` returns.
+export const standardOf = (row, valueOf) => Object.entries(row.defaults)
+  .map(([name, defaults]) => defaults[valueOf(name)]).find((own) => own !== undefined) ?? row.default;
 
 // All settings except model and data, from the response of /api/finetune/defaults.
 export class Form {
@@ -136,19 +140,22 @@ export class Form {
   }
 
   get method() {
-    return this.fields.method.control.value || this.fields.method.row.default;
+    return this.#valueOf("method");
   }
 
+  #valueOf = (name) => this.fields[name].control.value || this.fields[name].row.default;
+
   #suit() {
-    Object.values(this.fields).forEach((own) => own.suit(this.method));
+    Object.values(this.fields).forEach((own) => own.suit(this.#valueOf));
     for (const [part, own] of this.parts) {
       part.hidden = !own.some((field) => field.shown);
       const n = own.filter((field) => field.given !== null).length;
       part.querySelector(".some").textContent = n ? `${counted(n, "setting")} changed` : "";
     }
-    const given = (name) => JSON.stringify(this.fields[name].given ?? null);
+    const inWords = (name, value) => String(value ?? standardOf(this.fields[name].row, this.#valueOf));
     for (const [i, [, , values]] of PRESETS.entries()) {
-      const is = PRESET.every((name) => given(name) === JSON.stringify(values[name] ?? null));
+      const is = PRESET.every((name) =>
+        inWords(name, this.fields[name].given) === inWords(name, values[name]));
       this.presets[i].setAttribute("aria-pressed", is);
     }
   }
@@ -160,8 +167,13 @@ export class Form {
   }
 
   put(values) {
-    for (const [name, value] of Object.entries(values)) this.fields[name]?.put(value);
-    this.#suit();
+    const known = Object.keys(values).filter((name) => this.fields[name]);
+    // The settings on which defaults depend come first.
+    const first = new Set(Object.values(this.fields).flatMap(({ row }) => Object.keys(row.defaults)));
+    for (const names of [known.filter((name) => first.has(name)), known.filter((name) => !first.has(name))]) {
+      names.forEach((name) => this.fields[name].put(values[name]));
+      this.#suit();
+    }
   }
 
   // Replaces all values, and shows the errors in them until the values are changed.

@@ -2,11 +2,11 @@
 
 import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, swatch } from "./charts.js";
-import { badge, button, card, empty, field, h, input, link, meter, show, table } from "./dom.js";
+import { badge, button, card, empty, field, h, input, link, meter, notice, show, table } from "./dom.js";
 import { standardOf } from "./fields.js";
 import { broken, ended, inShort, judged } from "./results.js";
 import { Run } from "./runs.js";
-import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
+import { ago, count, fixed, gb, percent, save, sentence, tail, took } from "./text.js";
 
 // The number of jobs per page, and the maximum number of runs in a comparison.
 const LISTED = 100;
@@ -49,9 +49,10 @@ export default async function jobsPage(main) {
   const list = h("div.scroll", { tabindex: 0, role: "region", "aria-label": "List of jobs" });
   const none = h("p.empty", { hidden: true }, "No job contains all of these words.");
   const more = button("Older jobs", showOlder);
+  const problem = h("div", { role: "alert" });
   find.value = given.get("find") ?? "";
   main.append(h("h1", "Jobs"), comparison,
-    card("", field("Find", find), list, none, h("div.actions", more)));
+    card("", field("Find", find), list, none, problem, h("div.actions", more)));
 
   async function look() {
     const found = await api(`/api/jobs?limit=${LISTED}`);
@@ -63,10 +64,15 @@ export default async function jobsPage(main) {
   }
 
   async function showOlder() {
-    const found = await api(`/api/jobs?limit=${LISTED}&before=${next}`);
-    older = [...older, ...found.jobs];
-    next = found.next;
-    showList();
+    try {
+      const found = await api(`/api/jobs?limit=${LISTED}&before=${next}`);
+      older = [...older, ...found.jobs];
+      next = found.next;
+      show(problem);
+      showList();
+    } catch (error) {
+      show(problem, notice(sentence(error.message), "bad"));
+    }
   }
 
   const all = () => [...rows, ...older.filter((own) => !rows.some((row) => row.id === own.id))];
@@ -189,7 +195,8 @@ export default async function jobsPage(main) {
     const known = Object.fromEntries(schema.fields.map((row) => [row.name, row]));
     const valueOf = ({ values }, name) => {
       const value = values[name];
-      if (value == null) return known[name] ? standardOf(known[name], values.method ?? "sft") : "–";
+      const other = (own) => values[own] ?? known[own].default;
+      if (value == null) return known[name] ? standardOf(known[name], other) : "–";
       const text = Array.isArray(value) ? value.join(", ")
         : typeof value === "string" ? value : JSON.stringify(value);
       return name.endsWith("_dir") ? tail(text) : text;

@@ -179,7 +179,9 @@ export default async function setup(main) {
       announce(found.ok ? `${count(found.n_train)} training rows.` : found.error);
     } catch (error) {
       show(report);
-      if (reported === inspection()) dataField.complain(sentence(error.message));
+      // The plan reports an error in a setting at its field.
+      const elsewhere = form.fields[error.field];
+      if (reported === inspection()) dataField.complain(!elsewhere && sentence(error.message));
     } finally {
       inspecting = false;
       check.disabled = false;
