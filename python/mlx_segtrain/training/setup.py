@@ -34,7 +34,7 @@ from ..planning.pipeline import Part
 from ..planning.rollouts import check_rollouts, completions_of, rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits, planned
 from ..planning.splitting import Member, split_run
-from ..rewards import Rewards
+from ..rewards import Rewards, with_all_columns
 from ..schedule import Grads
 from ..streams import BatchShape
 from .checkpoint import STATE, Checkpoint, found, newest
@@ -219,6 +219,8 @@ def read_inputs(
         for data in filter(None, (train, valid)):
             if rewards is not None:
                 rewards.check(config, tokenizer, data.rows)
+        train, valid = with_all_columns(train, valid)
+        assert train is not None
         config = with_rollouts(config, _longest(config, train, valid), resumed, ranks)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
