@@ -256,13 +256,14 @@ def prepare(
     resumed: Checkpoint | None = None,
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
+    pick: Callable[[Dataset], Dataset] | None = None,
 ) -> tuple[Setup, mx.array]:
     """Plans a run and loads its model, unless the caller passes it as `loaded`. Returns the setup
     and the vector of the adapter's factors.
 
-    A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
-    InputError, before weights are loaded, if an input cannot be used or if there is not enough
-    memory.
+    If `pick` is given, the setup contains only the training rows that `pick` returns. A resumed run
+    keeps the earlier choice of whether the responses of a pair share tokens. Raises InputError,
+    before weights are loaded, if an input cannot be used or if there is not enough memory.
     """
     config = inputs.config
     objective = objective_of(config)
@@ -294,6 +295,8 @@ def prepare(
     on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(replace(inputs, train=train), plan, loaded, ranks)
     setup = replace(setup, apart=train is not inputs.train)
+    if pick is not None:
+        setup = replace(setup, train=pick(train), valid=None)
     if ROWS[config.method] == "prompt":
         assert isinstance(config.rollout_batch, int)
         peak = rollout_bytes(config, _longest(config, train, inputs.valid), config.rollout_batch)
