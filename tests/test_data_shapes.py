@@ -196,6 +196,15 @@ def test_several_formats_in_a_file(tmp_path):
     assert data.as_json()["formats"]["question-answer"] == 1
 
 
+def test_rows_that_are_all_labelled_false(tmp_path):
+    rows = [{"prompt": f"{i}", "completion": "A", "label": False} for i in range(3)]
+    says = r"none of the 3 rows of train.jsonl has anything to train on: their label is false"
+    with pytest.raises(InputError, match=says):
+        read(tmp_path, *rows)
+    report = inspect(tmp_path, TOKENIZER)
+    assert not report.ok and "none of the 3 rows of train.jsonl" in str(report.error)
+
+
 def test_columns_by_other_names(tmp_path):
     row = {"q": "Q", "a": "A", "prompt": "not this", "sys": None}
     columns = {"prompt": "q", "completion": "a", "system": "sys"}

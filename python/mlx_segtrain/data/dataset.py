@@ -183,6 +183,9 @@ class Reading:
             samples = read_samples(source, *self._how)
             if not samples.n_rows:
                 raise InputError(f"{source.name} has no rows; add some.")
+            if not len(samples):
+                reason = "their label is false; method kto also trains on such rows"
+                raise _nothing(samples.n_rows, source.name, reason)
             self._read[id(source)] = samples
         return self._read[id(source)]
 
@@ -305,9 +308,7 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
             if longest
             else "no row has an assistant turn or text in the loss"
         )
-        raise InputError(
-            f"none of the {notes.rows} rows of {name} has anything to train on: {reason}."
-        )
+        raise _nothing(notes.rows, name, reason)
     rows = chosen[kept]
     return Dataset(
         rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),
@@ -321,6 +322,10 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
         notes=notes,
         name=name,
     )
+
+
+def _nothing(n_rows: int, name: str, reason: str) -> InputError:
+    return InputError(f"none of the {n_rows} rows of {name} has anything to train on: {reason}.")
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
