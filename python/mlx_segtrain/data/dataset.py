@@ -205,6 +205,13 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
     """Returns the training rows and, if there are any, the validation rows of the sources. Raises
     InputError."""
     own, held = _parts(train, valid, read)
+    is_chat = own.notes.prompt_format is None and "text" not in own.notes.formats
+    if read.options.prompt_format == "raw" and read.encoder.has_template and is_chat:
+        raise InputError(
+            f"prompt_format raw has no effect on the rows of {own.name}, because all of them have "
+            "messages, which need the chat template: leave prompt_format out.",
+            field="prompt_format",
+        )
     if valid is None:
         return own, held
     held = read.whole(valid)

@@ -121,7 +121,8 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 class Encoder:
     """Tokenizes samples.
 
-    `raw` is true if plain prompts bypass the chat template. `chats` splits conversations into
+    `has_template` is whether the tokenizer has a chat template, and `raw` is true if plain prompts
+    bypass it. `chats` splits conversations into
     samples, and `train_on` selects the turns that are in the loss. `responses` does the same, but
     always puts all assistant turns in the loss. `notes` counts the rows that were read; `bos`
     contains the tokens that the tokenizer adds before a text.
@@ -131,6 +132,7 @@ class Encoder:
         self._wrapper = tokenizer
         self._tokenizer = tokenizer._tokenizer  # the wrapper itself cannot be called on a batch
         self.options = options
+        self.has_template = tokenizer.has_chat_template
         self.raw = Prompting(options.prompt_format).is_raw(tokenizer)
         how = (options.chat_template_kwargs, options.append_eos)
         self.chats = Conversations(tokenizer, options.train_on, *how)
