@@ -336,6 +336,11 @@ def test_system_beside_a_prompt(tmp_path):
     row = {"prompt": "a", "completion": "one", "system": "Be"}
     data = load(tmp_path, tokenizer, row, prompt_format="chat")
     assert text(data.rows[0], tokenizer).startswith("<|im_start|>system\nBe<|im_end|>\n" + PROMPT)
+    for method, more in (("sft", {}), ("grpo", {"max_completion_tokens": 9})):
+        for format in ("raw", "chat"):
+            how = {"method": method, "prompt_format": format, **more}
+            blank = load(tmp_path, tokenizer, {**row, "system": ""}, **how)
+            assert "system" not in text(blank.rows[0], tokenizer) and not blank.notes.ignored
     raw = load(tmp_path, tokenizer, row, prompt_format="raw")
     assert raw.notes.ignored == {"system": 1}
     listed = row | {"prompt": [asks("a")]}

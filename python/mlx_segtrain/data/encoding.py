@@ -225,7 +225,7 @@ class Encoder:
 
     def _row(self, sample: Sample, whole: list[int] | None, parts: list[list[int]]) -> Row:
         ids, bounds = self._join(sample, whole, parts)
-        weights = np.zeros(len(ids), np.float32)
+        weights, findings = np.zeros(len(ids), np.float32), sample.findings
         for (_, weight), (start, end) in zip(sample.pieces, pairwise(bounds), strict=True):
             weights[start:end] = weight
         if not sample.rendered:  # a chat template itself writes BOS and ends turns
@@ -240,6 +240,8 @@ class Encoder:
                     )
                 ids = [*ids, eos]
                 weights = np.append(weights, np.float32(sample.pieces[-1][1]))
+            elif not stopped and len(sample.pieces) > 1:  # a text without a prompt has no turns
+                findings += ("stop",)
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
@@ -248,7 +250,7 @@ class Encoder:
             np.array(ids, np.int32),
             weights,
             sample.source,
-            sample.findings,
+            findings,
             turns=sample.turns,
         )
 

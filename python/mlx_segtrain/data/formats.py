@@ -358,7 +358,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
     if isinstance(row["prompt"], str):
         if row.get("system") is not None:
             expect(f'{source}: "system"', row["system"], str)
-        return row
+        return {**row, "system": row.get("system") or None}  # "" is an empty cell
     return {**row, "prompt": _begun(row, row["prompt"], "prompt", source)}
 
 
