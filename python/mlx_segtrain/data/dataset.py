@@ -158,6 +158,7 @@ def load_split(
     read = Reading(tokenizer, options, model_dir, on_event)
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
+        _check_val_split(valid, options)
         return read.whole(valid)
     own, held = _parts(train, valid, read)
     return own if split == "train" else held
@@ -232,12 +233,8 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
         chosen = chosen[~repeated(samples)]
         said = (f"{count:,} rows that repeat an earlier row are dropped (dedup)",)
     asked = options.val_split
-    if valid is not None and asked not in ("auto", 0):
-        raise InputError(
-            f"val_split has no effect, because validation rows are read from {valid.name}: leave "
-            "val_split out, or remove these rows.",
-            field="val_split",
-        )
+    if valid is not None:
+        _check_val_split(valid, options)
     held = held_out(samples, chosen, 0 if valid else asked, options.seed)
     if held.all():
         raise InputError(
@@ -257,6 +254,16 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     count = f"{apart.n_rows:,} of {own.n_rows + apart.n_rows:,}"
     said += (f"{count} rows are held out for validation (val_split {asked})",)
     return replace(own, said=(*own.said, *said)), apart
+
+
+def _check_val_split(valid: Source, options: Options) -> None:
+    """Raises InputError if rows should be held out although there are validation rows."""
+    if options.val_split not in ("auto", 0):
+        raise InputError(
+            f"val_split has no effect, because validation rows are read from {valid.name}: leave "
+            "val_split out, or remove these rows.",
+            field="val_split",
+        )
 
 
 def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
