@@ -60,8 +60,8 @@ class Report:
     `n_train` and `n_valid` count rows. All other fields except `remarks` describe the training
     rows. `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier
     one. Lengths, `histogram` and `longest` (pairs of source and length) are measured in tokens,
-    before truncation. Without a tokenizer, fields that need one are None or empty. If completions are
-    generated for the rows, fields about the loss and about an epoch are None. `epoch`
+    before truncation. Without a tokenizer, fields that need one are None or empty. If completions
+    are generated for the rows, fields about the loss and about an epoch are None. `epoch`
     describes an epoch without packing; `packed` describes an epoch with packing, if the data can be
     packed. `remarks` contains sentences about omitted data and about problems with the data.
     `findings` maps each finding (a key of notes.FINDINGS) to the first rows that have it. `error`
