@@ -34,7 +34,8 @@ def tokenizer():
 def load(folder, tokenizer, *rows, method="dpo", length=500, **options):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "train.jsonl").write_text(text)
-    how = {"max_seq_length": length, "method": method, "prompt_format": "raw", **options}
+    format = "raw" if any(isinstance(row.get("prompt"), str) for row in rows) else "auto"
+    how = {"max_seq_length": length, "method": method, "prompt_format": format, **options}
     return load_dataset(folder, tokenizer, Options(**how))[0]
 
 
