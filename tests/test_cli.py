@@ -358,6 +358,10 @@ def test_bad_input_of_a_run(
             "--system requires the chat template",
         ),
         (["eval", "--model=m", "--data=d", "--max-seq-length=1"], "integer >= 2; got '1'"),
+        (
+            ["eval", "--model=m", "--data=d", "--method=dpo", "--reward=length:5"],
+            "rewards has no effect unless method is grpo: leave it out",
+        ),
         (["demo", "--iters", "0"], "integer >= 1"),
     ],
 )

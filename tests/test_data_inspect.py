@@ -8,6 +8,7 @@ import pytest
 from lib.chats import byte_level, chat, metaspace
 from mlx_segtrain import InputError
 from mlx_segtrain.commands.leaflet import write_report
+from mlx_segtrain.commands.views import show_report
 from mlx_segtrain.data import Options, inspect
 
 
@@ -22,6 +23,25 @@ def test_without_tokenizer_formats_and_counts(tmp_path):
     report = inspect(tmp_path)
     assert (report.ok, report.error, report.format) == (True, None, "text")
     assert (report.n_train, report.n_valid, report.tokens, report.previews) == (2, 1, None, [])
+
+
+@pytest.mark.parametrize("how", [{"dedup": True}, {"val_split": 0.5}])
+def test_without_tokenizer_no_row_is_left_out(how, tmp_path):
+    write(tmp_path / "train.jsonl", {"text": "a"}, {"text": "a"})
+    assert "have no effect without the tokenizer" in str(
+        inspect(tmp_path, None, Options(**how)).error
+    )
+
+
+def test_prompts_have_no_loss(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    report = inspect(path, byte_level(), Options(method="grpo", max_completion_tokens=9))
+    assert report.ok and (report.n_train, len(report.previews)) == (2, 2)
+    fields = ("samples", "trained_turns", "tokens", "supervised_tokens", "epoch", "packed")
+    assert {getattr(report, name) for name in (*fields, "truncated", "dropped")} == {None}
+    show_report(report)
+    printed = capsys.readouterr().out.partition("tokens in the loss are in")[0]
+    assert "rows     2 to train" in printed and "loss" not in printed and "padding" not in printed
 
 
 def test_one_file_with_tokenizer(tmp_path):

@@ -80,6 +80,10 @@ def test_append_eos_off(tmp_path):
     data = load(tmp_path, tokenizer, *rows, append_eos=False)
     assert [text(row, tokenizer) for row in data.rows] == ["<s>The sky"] * 2
     assert data.format == "mixed"
+    assert data.notes.where == {"stop": ["train.jsonl:2"]}  # a text has no turns
+    with pytest.raises(InputError, match="in 1 of 2 samples the turn does not end with a stop"):
+        load(tmp_path, tokenizer, *rows, append_eos=False, strict=True)
+    assert not load(tmp_path, tokenizer, *rows, strict=True).notes.findings
     no_eos = byte_level(eos=None)
     load(tmp_path, no_eos, *rows, append_eos=False)
     with pytest.raises(InputError, match="no end-of-sequence token"):

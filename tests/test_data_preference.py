@@ -34,7 +34,8 @@ def tokenizer():
 def load(folder, tokenizer, *rows, method="dpo", length=500, **options):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "train.jsonl").write_text(text)
-    how = {"max_seq_length": length, "method": method, "prompt_format": "raw", **options}
+    format = "raw" if any(isinstance(row.get("prompt"), str) for row in rows) else "auto"
+    how = {"max_seq_length": length, "method": method, "prompt_format": format, **options}
     return load_dataset(folder, tokenizer, Options(**how))[0]
 
 
@@ -64,9 +65,10 @@ def test_forms_of_a_conversation_are_the_same_tokens(tmp_path, tokenizer):
         {"prompt": [USER], "chosen": [says("yes")], "rejected": [says("no")]},
         {"prompt": [USER], "chosen": [says("yes")], "rejected": "no"},
         {"chosen": [USER, says("yes")], "rejected": [USER, says("no")]},
+        {"prompt": None, "chosen": [USER, says("yes")], "rejected": [USER, says("no")]},
     )
-    assert data.format == "preference" and data.n_rows == 4
-    assert [pair.source for pair in data.rows] == [f"train.jsonl:{i}" for i in (1, 2, 3, 4)]
+    assert data.format == "preference" and data.n_rows == 5
+    assert [pair.source for pair in data.rows] == [f"train.jsonl:{i}" for i in (1, 2, 3, 4, 5)]
     for pair in data.rows:
         assert isinstance(pair, Pair)
         assert pair.chosen.ids.tolist() == data.rows[0].chosen.ids.tolist()
@@ -291,7 +293,7 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
             text_pair("x", "a", [USER, says("b")]),
             'not a list; if "rejected" also contains the prompt, remove "prompt"',
         ),
-        (text_pair(None, "a", "b"), '"prompt" must be a string or a list, not null'),
+        (text_pair(None, "a", "b"), "the pair has no prompt"),
         (text_pair(7, "a", "b"), '"prompt" must be a string or a list, not a number'),
         (text_pair([USER], "a", 7), '"rejected" must be a string or a list, not a number'),
         (text_pair([USER], "a", [7]), '"rejected"[0] must be an object, not a number'),

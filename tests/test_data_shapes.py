@@ -21,6 +21,8 @@ CHAT = chat("Hello", "fine")
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]
 ASKED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
+#: Two forms of a message, one of them in a table that also has rows in the other form.
+NULLS = [{**message, "role": None, "content": None} for message in SHAREGPT]
 #: For each case: a row, its format, the user's message, and the response.
 SHAPES = {
     "messages": ({"messages": CHAT}, "messages", "Hello", "fine"),
@@ -28,8 +30,15 @@ SHAPES = {
     "sharegpt": ({"conversations": SHAREGPT}, "sharegpt", "Hello", "fine"),
     "sharegpt as JSON": ({"conversations": json.dumps(SHAREGPT)}, "sharegpt", "Hello", "fine"),
     "conversations with roles": ({"conversations": CHAT}, "sharegpt", "Hello", "fine"),
+    "conversations with null roles": ({"conversations": NULLS}, "sharegpt", "Hello", "fine"),
     "prompt and completion": ({"prompt": "Q", "completion": "A"}, "prompt-completion", "Q", "A"),
     "lists": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt-completion", "Hello", "fine"),
+    "lists of sharegpt": (
+        {"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]},
+        "prompt-completion",
+        "Hello",
+        "fine",
+    ),
     "kto": ({"prompt": "Q", "completion": "A", "label": True}, "kto", "Q", "A"),
     "alpaca": ({"instruction": "Add", "input": "1 2", "output": "3"}, "alpaca", "Add\n\n1 2", "3"),
     "alpaca, no input": ({"instruction": "Add", "input": "", "output": "3"}, "alpaca", "Add", "3"),
@@ -74,8 +83,6 @@ def read(folder, *rows, **options):
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_is_trained_of_a_row(name, file, tmp_path):
     row, format, prompt, response = SHAPES[name]
-    if name == "lists" and file == "train.csv":
-        return  # CSV stores a list as a string, which would be read as a user message
     WRITERS[file](tmp_path / file, row)
     data, _ = load_dataset(tmp_path, TOKENIZER, Options())
     assert (data.format, data.notes.formats) == (format, {format: 1})
@@ -99,12 +106,30 @@ def test_pairs_of_a_table(tmp_path):
         data, _ = load_dataset(tmp_path / file, TOKENIZER, Options(method="dpo"))
         assert data.format == "preference"
         assert trained(data.rows[0].rejected, TOKENIZER) == ["B<|im_end|>"]
+        write(
+            tmp_path / file, {"chosen": CHAT, "rejected": [*CHAT[:1], {**CHAT[1], "content": "B"}]}
+        )
+        (own,) = load_dataset(tmp_path / file, TOKENIZER, Options(method="dpo"))[0].rows
+        assert text(own.rejected, TOKENIZER).endswith(ASKED.format("Hello") + "B<|im_end|>\n")
+
+
+def test_text_that_only_looks_like_messages(tmp_path):
+    """Text is decoded only if it contains a list of messages."""
+    for said in ('{"sum": 3}', "[1] is a source", "[]", '["a"]', '[{"role": "user"}, {"text": 1}]'):
+        row = {"prompt": said, "completion": said}
+        write_csv(tmp_path / "train.csv", row)
+        (own,) = load_dataset(tmp_path / "train.csv", TOKENIZER, Options())[0].rows
+        assert ASKED.format(said) in text(own, TOKENIZER)
+        assert trained(own, TOKENIZER) == [f"{said}<|im_end|>"]
+        assert checked(row, "a:1", "prompt").row["prompt"] == said
+    asked = checked({"prompt": json.dumps(CHAT[:1])}, "a:1", "prompt").row["prompt"]
+    assert asked == CHAT[:1]
 
 
 SYSTEM = "<|im_start|>system\nBe kind.<|im_end|>\n"
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "lists"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if "lists" not in name])
 def test_a_column_for_the_system_s_text(name, tmp_path):
     row, _, prompt, _ = SHAPES[name]
     (own,) = read(tmp_path, {**row, "system": "Be kind."}).rows
@@ -166,9 +191,18 @@ def test_a_format_that_is_named(tmp_path):
 
 def test_several_formats_in_a_file(tmp_path):
     data = read(tmp_path, *(row for row, *_ in SHAPES.values()), {"text": "a"})
-    assert data.format == "mixed" and data.notes.formats["sharegpt"] == 3
-    assert "1 text" in data.summary and "3 sharegpt" in data.summary
+    assert data.format == "mixed" and data.notes.formats["sharegpt"] == 4
+    assert "1 text" in data.summary and "4 sharegpt" in data.summary
     assert data.as_json()["formats"]["question-answer"] == 1
+
+
+def test_rows_that_are_all_labelled_false(tmp_path):
+    rows = [{"prompt": f"{i}", "completion": "A", "label": False} for i in range(3)]
+    says = r"none of the 3 rows of train.jsonl has anything to train on: their label is false"
+    with pytest.raises(InputError, match=says):
+        read(tmp_path, *rows)
+    report = inspect(tmp_path, TOKENIZER)
+    assert not report.ok and "none of the 3 rows of train.jsonl" in str(report.error)
 
 
 def test_columns_by_other_names(tmp_path):
@@ -243,14 +277,13 @@ def test_rows_that_are_wrong(row, says, tmp_path):
 
 
 def test_values_of_a_table_that_are_no_text(tmp_path):
-    """Numbers, times and bytes are errors where text is expected, and are ignored elsewhere."""
+    """Numbers and bytes are errors where text is expected, and are ignored elsewhere."""
     times = pa.array([1, 2], pa.timestamp("ms"))
     columns = {"text": ["a", None], "when": times, "raw": pa.array([b"a", b"b"])}
     pq.write_table(pa.table({**columns, "text": ["a", "b"]}), tmp_path / "train.parquet")
     data, _ = load_dataset(tmp_path, TOKENIZER, Options())
     assert data.notes.ignored == {"when": 2, "raw": 2}
     for values, says in (
-        (times, '1: "text" must be a string, not a timestamp[ms]'),
         (pa.array([b"a", b"b"]), '1: "text" must be a string, not a binary'),
         (pa.array([0.5, float("nan")]), '1: "text" must be a string, not a number'),
         (pa.array(["a", None]), '2: "text" must be a string, not null or missing'),

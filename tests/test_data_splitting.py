@@ -112,6 +112,8 @@ def test_it_is_said_and_a_file_goes_before_it(tmp_path):
     assert texts(load_split(tmp_path, TOKENIZER, Options(), "valid")) == texts(valid)
     with pytest.raises(InputError, match=r"val_split has no effect, because .* from valid\.jsonl"):
         load(tmp_path, rows, val_split=0.1)
+    with pytest.raises(InputError, match=r"val_split has no effect, because .* from valid\.jsonl"):
+        load_split(tmp_path, TOKENIZER, Options(val_split=0.1), "valid")
     assert load(tmp_path, rows, val_split=0)[1].n_rows == 1
 
 
@@ -126,6 +128,8 @@ def test_equal_rows_are_counted_and_left_out_if_asked(tmp_path, make):
     assert [own.source for own in train.rows] == [f"train.jsonl:{n}" for n in (1, 2, 4)]
     assert train.said == ("3 rows that repeat an earlier row are dropped (dedup)",)
     assert train.n_rows == train.notes.rows == 3
+    report = inspect(tmp_path, TOKENIZER, Options(method=None, dedup=True))
+    assert (report.n_train, report.duplicates) == (3, 3)
 
 
 def test_a_row_of_several_samples_is_one_row(tmp_path):

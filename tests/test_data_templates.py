@@ -317,11 +317,30 @@ def test_plain_prompts_go_through_the_chat_template_by_default(tmp_path):
         load(tmp_path, byte_level(None), rows[0], prompt_format="chat")
 
 
+def test_raw_prompts_need_a_row_without_messages(tmp_path):
+    """Otherwise the adapter would be recorded as trained without the template."""
+    tokenizer, options = byte_level(), Options(prompt_format="raw")
+    rows = [{"messages": chat("a", "one")}, {"text": "a"}, {"prompt": "a", "completion": "one"}]
+    path = tmp_path / "data.jsonl"
+    for i in (1, 2):
+        path.write_text(f"{json.dumps(rows[0])}\n{json.dumps(rows[i])}")
+        assert load_dataset(path, tokenizer, options)[0].n_rows == 2
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(InputError, match="prompt_format raw has no effect on the rows of data"):
+        load_dataset(path, tokenizer, options)
+    assert "prompt_format raw has no effect" in str(inspect(path, tokenizer, options).error)
+
+
 def test_system_beside_a_prompt(tmp_path):
     tokenizer = byte_level()
     row = {"prompt": "a", "completion": "one", "system": "Be"}
     data = load(tmp_path, tokenizer, row, prompt_format="chat")
     assert text(data.rows[0], tokenizer).startswith("<|im_start|>system\nBe<|im_end|>\n" + PROMPT)
+    for method, more in (("sft", {}), ("grpo", {"max_completion_tokens": 9})):
+        for format in ("raw", "chat"):
+            how = {"method": method, "prompt_format": format, **more}
+            blank = load(tmp_path, tokenizer, {**row, "system": ""}, **how)
+            assert "system" not in text(blank.rows[0], tokenizer) and not blank.notes.ignored
     raw = load(tmp_path, tokenizer, row, prompt_format="raw")
     assert raw.notes.ignored == {"system": 1}
     listed = row | {"prompt": [asks("a")]}

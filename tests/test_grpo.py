@@ -4,17 +4,19 @@ and segments."""
 import json
 import math
 import resource
+from decimal import Decimal
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lib import chats, tiny_models
 from lib.checks import random_adapter
 from lib.oracle import assert_close, vjp
 from mlx_segtrain import TrainConfig, train, training
-from mlx_segtrain.data import Dataset, Row, eval_batches
+from mlx_segtrain.data import Dataset, Options, Row, eval_batches, load_dataset
 from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.errors import InputError, NoMemory
 from mlx_segtrain.generation.decoding import Telling
@@ -24,6 +26,7 @@ from mlx_segtrain.objectives import Functions, Grpo, objective_of, value, value_
 from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
 from mlx_segtrain.objectives.objective import predictions
 from mlx_segtrain.planning.run import full_batch
+from mlx_segtrain.rewards import Rewards, with_all_columns
 from mlx_segtrain.streams import trim_start
 from mlx_segtrain.training import cycle, setup
 from mlx_segtrain.training.collapse import collapsed
@@ -468,3 +471,44 @@ def test_no_memory_for_generating(monkeypatch):
     said = "the device has too little memory to generate 9 completions .* a lower rollout_batch"
     with pytest.raises(NoMemory, match=said):
         Cycle._roll_out(rolling(monkeypatch, fails), 3, {}, [], [])
+
+
+def prompts_of(**columns):
+    options = Options(method="grpo", max_completion_tokens=1)
+    return load_dataset(pa.table(columns), chats.byte_level(), options)[0]
+
+
+def test_a_column_that_is_missing_in_a_step_is_none():
+    data = prompts_of(prompt=["a", "b"], answer=["1", "2"], hint=[None, "c"])
+    (filled,) = with_all_columns(data)
+    seen = []
+
+    def hinted(completions, answer, hint):
+        seen.append((answer, hint))
+        return [0.0]
+
+    for row in filled.rows:
+        Rewards.of(config_of(), [hinted])([row.given], ["x"], [1])
+    assert seen == [(["1"], [None]), (["2"], ["c"])]
+
+
+def test_columns_of_values_that_json_lacks(tmp_path):
+    """They are an error only if a reward receives them. Decimals can be compared."""
+    data = prompts_of(
+        prompt=["a", "b"],
+        price=pa.array([Decimal("1250.50"), Decimal(3)]),
+        image=pa.array([None, b"x"]),
+    )
+    config = config_of(rewards=["number:price"])
+    tokenizer = chats.byte_level()
+    rewards = Rewards.of(config, [lambda completions: [0.0], lambda completions, price: [0.0]])
+    rewards.check(config, tokenizer, data.rows)
+    assert rewards([data.rows[0].given], ["It is 1250.5"], [1]).by_name["number"] == [1]
+    says = r'train_data:2: the rewards cannot read the column "image", because its type is binary'
+    for own in (lambda completions, image: [0.0], lambda **columns: [0.0]):
+        with pytest.raises(InputError, match=says):
+            Rewards.of(config, [own]).check(config, tokenizer, data.rows)
+    for changes in ({"rewards": ["exact:image"]}, {"reward_command": "true"}):
+        config = config_of(**changes)
+        with pytest.raises(InputError, match='"image"'):
+            Rewards.of(config).check(config, tokenizer, [*data.rows][1:])

@@ -225,6 +225,21 @@ def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys
     assert 0 < found.reward < 1, "a reward of 0 or 1 makes the comparison meaningless"
 
 
+def test_a_column_may_be_missing_in_rows(llama4, tmp_path):
+    """Rewards receive the column in every step, evaluation and score."""
+    rows = [{"prompt": f"a{i}", **({"hint": "b"} if i == 3 else {})} for i in range(4)]
+    for name, own in (("train", rows), ("valid", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+    def hinted(completions, hint):
+        assert set(hint) <= {None, "b"}
+        return [0.0] * len(completions)
+
+    made = config(llama4, tmp_path, tmp_path / "a", batch_size=1, iters=3, steps_per_eval=3)
+    train(made, rewards=[hinted])
+    assert score(made, split="train", rewards=[hinted]).rows == 4
+
+
 def test_pass_at():
     assert pass_at(1, 4, [1, 3]) == 0.5
     assert pass_at(4, 4, [0, 1]) == 0.5

@@ -219,6 +219,14 @@ def test_with_its_own_reference_nothing_has_been_learned(kind):
     assert all(abs(float(x)) < 1e-3 for x in rewards[:3])
 
 
+@pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
+def test_a_missing_reference_is_an_error(kind):
+    objective, batch = Kto(BETA, kind), replace(batch_of(kind), reference=None)
+    for own in filter(None, (objective, objective.baseline)):
+        with pytest.raises(ValueError, match="have not been computed"):
+            own.values(setup("llama")[0], batch, objective.total([batch]))
+
+
 def test_each_row_gets_the_response_of_another_prompt():
     """Rows 2i and 2i + 1 have the same prompt, and all responses have about the same length."""
     plain = rows_of(*((9, 12 + i // 2, 1 - 2 * (i % 2)) for i in range(8)))

@@ -260,6 +260,14 @@ def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
         train(config_of(llama4, data, out, iters=4, resume=True, max_seq_length=64))
 
 
+def test_auto_packs_fewer_rows_than_a_batch(llama4, tmp_path):
+    """Without packing, these rows would not fill a batch."""
+    data = write_data(tmp_path / "data", (3, 5))
+    how = {"max_seq_length": 64, "packing": "auto", "batch_size": 4, "iters": 1}
+    train(config_of(llama4, data, out := tmp_path / "run", **how))
+    assert json.loads((out / "run.json").read_text())["config"]["packing"] is True
+
+
 def test_other_methods_and_families_refuse_packing(llama4, pairs, data, tmp_path):
     with pytest.raises(
         ValueError, match="packing has no effect unless method is sft or grpo: leave"

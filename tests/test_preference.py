@@ -3,6 +3,7 @@ tests streams, cuts and dropout."""
 
 import functools
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -314,6 +315,15 @@ def test_a_batch_is_the_sum_of_its_pairs(kind):
     np.testing.assert_allclose(outputs, np.sum([out for out, _ in parts], 0), rtol=2e-5)
     for path, grad in grads.items():
         assert_close(path, sum(own[path] for _, own in parts), grad, 5e-5)
+
+
+def test_a_missing_reference_is_an_error():
+    chain, batch = setup("llama")[0], replace(pair_batch(9), reference=None)
+    with pytest.raises(ValueError, match="have not been computed"):
+        Dpo().values(chain, batch, Dpo().total([batch]))
+    assert (
+        not Dpo(reference_free=True).values(chain, batch, Dpo().total([batch]))["reference"].any()
+    )
 
 
 def test_references_are_the_log_probabilities_without_an_adapter():

@@ -15,7 +15,7 @@ import pytest
 from lib.folders import write_pairs
 from lib.runs import METHODS, config_of, counted_references, setup_of, weights_of
 from mlx_segtrain import InputError, adapters, train
-from mlx_segtrain.training import evaluate
+from mlx_segtrain.training import evaluate, probe
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
@@ -87,6 +87,19 @@ def test_only_pairs_that_are_seen_are_computed(llama4, pairs, tmp_path):
         "4",
         "6",
     ]
+
+
+@pytest.mark.parametrize(("method", "loss"), [("dpo", math.log(2)), ("kto", 0.5)])
+def test_a_probe_computes_references_of_its_rows(method, loss, llama4, tmp_path, monkeypatch):
+    """The adapter does not change, so the loss is that of rewards of 0. The probe trains on the
+    longest rows, which the first step of a run would not."""
+    counted = counted_references(monkeypatch)
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i}", "chosen": "yes" + "x" * i, "rejected": "no"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"iters": 1, "batch_size": 2, "learning_rate": 1e-12, "seed": 2}
+    found = probe(setup_of(method, llama4, None, path, tmp_path / "a", **how))
+    assert math.isclose(found.loss, loss, rel_tol=1e-3) and sum(counted) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -51,6 +51,8 @@ def test_checks(spec, completions, columns, wanted):
 def test_last_number():
     assert last_number("From 3 to -4.5e1.") == -45
     assert last_number("none") is None
+    texts = ("$.25", "is -.5", "of \u22125", "7e\u22122", "in 1.2.3", "end.5", "1,234.5", "1,23")
+    assert list(map(last_number, texts)) == [0.25, -0.5, -5, 0.07, 3, 5, 1234.5, 23]
 
 
 def test_a_pattern_takes_linear_time():

@@ -5,6 +5,8 @@ import gzip
 import json
 import shlex
 import struct
+from datetime import date
+from decimal import Decimal
 
 import datasets
 import pyarrow as pa
@@ -12,7 +14,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from mlx_segtrain.data import limits, tables
+from mlx_segtrain.data import arrow, limits, tables
 from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.messages import Other
 from mlx_segtrain.data.sources import rows_of, source_of, sources_of
@@ -374,8 +376,7 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
     columns = {
         "image": pa.array([b"x" * (1 << 20), None]),
         "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string())),
-        "view": pa.array(["a", None], pa.string_view()),
-        "when": pa.array([0, None], pa.timestamp("s")),
+        "length": pa.array([0, None], pa.duration("s")),
         "runs": pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["a"])),
         "bytes": pa.array([{"bytes": b"x", "path": "a"}, None]),
         "text": pa.array(["a", "b"]),
@@ -386,9 +387,52 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
     (_, one), (_, two) = block.rows()
     assert one == {
         **{name: Other(str(own.type)[:60]) for name, own in columns.items()},
+        "bytes": Other("struct with values of type binary"),
         "text": "a",
     }
     assert two == {**dict.fromkeys(columns), "runs": one["runs"], "text": "b"}
+
+
+#: Arrays of one value and null that are cast, and the value in a row.
+CAST = {
+    "view": (pa.array(["a", None], pa.string_view()), "a"),
+    "decimal": (pa.array([Decimal("-1.50"), None]), "-1.50"),
+    "date": (pa.array([date(2024, 2, 29), None]), "2024-02-29"),
+    "time": (pa.array([7, None], pa.time32("s")), "00:00:07"),
+    "timestamp": (pa.array([3600, None], pa.timestamp("s")), "1970-01-01 01:00:00"),
+    "zone": (pa.array([0, None], pa.timestamp("s", "Any/Where")), "1970-01-01 00:00:00+0000"),
+    "category": (
+        pa.DictionaryArray.from_arrays([0, None], pa.array(["a"], pa.string_view())),
+        "a",
+    ),
+}
+#: How to make an array of lists: both values of an array, null, the second value, and no values.
+LISTS = {
+    "list": lambda own: pa.ListArray.from_arrays(
+        [0, 2, 2, 3, 3], pa.concat_arrays([own, own.slice(1)]), mask=NULL
+    ),
+    "view": lambda own: pa.ListViewArray.from_arrays(*VIEWS, own, mask=NULL),
+    "large view": lambda own: pa.LargeListViewArray.from_arrays(*VIEWS, own, mask=NULL),
+}
+VIEWS = [0, 0, 1, 0], [2, 1, 1, 0]  # the offsets and sizes of views
+NULL = pa.array([False, True, False, False])
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("name", CAST)
+def test_values_that_json_represents_after_a_cast(name, kind, monkeypatch):
+    """Tables of polars contain views. All of these types may also be within structs and lists, and
+    the rows of a block may be a slice of a table."""
+    array, value = CAST[name]
+    structs = pa.StructArray.from_arrays([array, pa.array([1, 2])], ["a", "n"])
+    one, two = {"a": value, "n": 1}, {"a": None, "n": 2}
+    lists = LISTS[kind](structs)
+    monkeypatch.setattr(arrow, "ROWS", 3)
+    for start in range(4):
+        found = rows_of(sources_of(pa.table({"lists": lists.slice(start)}))[0])
+        assert [row["lists"] for _, row in found] == [[one, two], None, [two], []][start:]
+    found = rows_of(sources_of(pa.table({"own": array}))[0])
+    assert [row["own"] for _, row in found] == [value, None]
 
 
 def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):

@@ -319,7 +319,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    fill = {"method": "grpo"} if any(name in args for name in SOURCES) else {}
+    rewarded = "method" not in args and any(name in args for name in SOURCES)
+    fill = {"method": "grpo"} if rewarded else {}
     config = config_of(args, "adapter_path", **fill)
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_evaluation, show_score

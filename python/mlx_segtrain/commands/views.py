@@ -51,7 +51,9 @@ def show_report(report: Report, console: Console | None = None) -> None:
         f"length   {report.length_min} to {report.length_max} tokens, "
         f"median {report.length_median}, 95 % have at most {report.length_p95}"
     )
-    line(f"tokens   {report.tokens:,} to process, {report.supervised_tokens:,} of them in the loss")
+    if report.tokens is not None:
+        loss = f"{report.supervised_tokens:,} of them in the loss"
+        line(f"tokens   {report.tokens:,} to process, {loss}")
     for row in bars(report):
         line(f"         {row}")
     if report.longest:
@@ -60,7 +62,8 @@ def show_report(report: Report, console: Console | None = None) -> None:
         line(f"{name:8} {text}")
     if report.duplicates:
         line(f"repeated {report.duplicates:,} rows repeat an earlier row (see --dedup)")
-    line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
+    if report.truncated is not None:
+        line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
     for sentence in report.remarks:
         line(f"warning: {sentence}")
     for name, rows in report.findings.items():

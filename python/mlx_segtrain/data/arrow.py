@@ -68,19 +68,46 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """Replaces each column of a type that JSON cannot represent (such as images) with booleans that
-    indicate whether a row has a value. The values themselves are not needed, and their size is
-    unknown."""
+    """Casts each column to a type that JSON can represent. A column for which there is no such type
+    (such as images) is replaced with booleans that indicate whether a row has a value. The values
+    themselves are not needed, and their size is unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if _is_json(field.type):
-            fields.append(pa.field(field.name, field.type))
-            columns.append(column)
+        leaf, metadata = _other(field.type), None
+        if leaf is None:
+            column = _cast(column)
         else:
-            kind = {OTHER: str(field.type)[:60].encode()}
-            fields.append(pa.field(field.name, pa.bool_(), metadata=kind))
-            columns.append(_called("is_valid", column))
+            outer = "list" if _is_list(field.type) else "struct"
+            kind = str(leaf) if leaf == field.type else f"{outer} with values of type {leaf}"
+            column, metadata = _called("is_valid", column), {OTHER: kind[:60].encode()}
+        fields.append(pa.field(field.name, column.type, metadata=metadata))
+        columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields)) if columns else batch
+
+
+def _cast(column: Any) -> Any:
+    """Casts an array so that JSON can represent its values: views become plain strings and lists,
+    and decimals, dates and times become text. The type must have no `_other` values."""
+    kind = column.type
+    if _is_json(kind):
+        return column
+    if _is_list(kind):
+        # Arrow's own cast returns wrong offsets for list views, and casts all values of a slice's
+        # parent.
+        lengths = _called("list_value_length", column).cast(pa.int64()).fill_null(0)
+        offsets = pa.concat_arrays([pa.array([0]), _called("cumulative_sum", lengths)])
+        values = _cast(column.flatten())
+        return pa.LargeListArray.from_arrays(offsets, values, mask=column.is_null())
+    if types.is_struct(kind):
+        names = [own.name for own in kind]
+        arrays = list(map(_cast, column.flatten()))
+        return pa.StructArray.from_arrays(arrays, names, mask=column.is_null())
+    if types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(column.indices, _cast(column.dictionary))
+    if types.is_timestamp(kind) and kind.tz is not None:
+        # The names of time zones are known only if a database is installed.
+        column = column.cast(pa.timestamp(kind.unit, "+00:00"))
+    return column.cast(pa.large_string())
 
 
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
@@ -147,7 +174,9 @@ def _plain(kind: Any) -> Any:
 
 
 def _is_json(kind: Any) -> bool:
-    """Returns whether JSON can represent values of this type."""
+    """Returns whether JSON can represent values of this type without a cast."""
+    if types.is_list_view(kind) or types.is_large_list_view(kind):
+        return False
     if _is_list(kind):
         return _is_json(kind.value_type)
     if types.is_struct(kind):
@@ -158,9 +187,23 @@ def _is_json(kind: Any) -> bool:
     return any(own(kind) for own in plain)
 
 
+def _other(kind: Any) -> Any:
+    """Returns the first type within this type whose values JSON cannot represent, even after a
+    cast, or None if there is none."""
+    if _is_list(kind):
+        return _other(kind.value_type)
+    if types.is_struct(kind):
+        return next(filter(None, (_other(own.type) for own in kind)), None)
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    dated = (types.is_date, types.is_time, types.is_timestamp)
+    cast = (types.is_string_view, types.is_decimal, *dated)
+    return None if _is_json(kind) or any(own(value) for own in cast) else kind
+
+
 def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _is_list(kind: Any) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    return any(own(kind) for own in (*lists, types.is_list_view, types.is_large_list_view))

@@ -158,6 +158,7 @@ def load_split(
     read = Reading(tokenizer, options, model_dir, on_event)
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
+        _check_val_split(valid, options)
         return read.whole(valid)
     own, held = _parts(train, valid, read)
     return own if split == "train" else held
@@ -183,6 +184,9 @@ class Reading:
             samples = read_samples(source, *self._how)
             if not samples.n_rows:
                 raise InputError(f"{source.name} has no rows; add some.")
+            if not len(samples):
+                reason = "their label is false; method kto also trains on such rows"
+                raise _nothing(samples.n_rows, source.name, reason)
             self._read[id(source)] = samples
         return self._read[id(source)]
 
@@ -202,6 +206,13 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
     """Returns the training rows and, if there are any, the validation rows of the sources. Raises
     InputError."""
     own, held = _parts(train, valid, read)
+    is_chat = own.notes.prompt_format is None and "text" not in own.notes.formats
+    if read.options.prompt_format == "raw" and read.encoder.has_template and is_chat:
+        raise InputError(
+            f"prompt_format raw has no effect on the rows of {own.name}, because all of them have "
+            "messages, which need the chat template: leave prompt_format out.",
+            field="prompt_format",
+        )
     if valid is None:
         return own, held
     held = read.whole(valid)
@@ -222,12 +233,8 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
         chosen = chosen[~repeated(samples)]
         said = (f"{count:,} rows that repeat an earlier row are dropped (dedup)",)
     asked = options.val_split
-    if valid is not None and asked not in ("auto", 0):
-        raise InputError(
-            f"val_split has no effect, because validation rows are read from {valid.name}: leave "
-            "val_split out, or remove these rows.",
-            field="val_split",
-        )
+    if valid is not None:
+        _check_val_split(valid, options)
     held = held_out(samples, chosen, 0 if valid else asked, options.seed)
     if held.all():
         raise InputError(
@@ -247,6 +254,16 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     count = f"{apart.n_rows:,} of {own.n_rows + apart.n_rows:,}"
     said += (f"{count} rows are held out for validation (val_split {asked})",)
     return replace(own, said=(*own.said, *said)), apart
+
+
+def _check_val_split(valid: Source, options: Options) -> None:
+    """Raises InputError if rows should be held out although there are validation rows."""
+    if options.val_split not in ("auto", 0):
+        raise InputError(
+            f"val_split has no effect, because validation rows are read from {valid.name}: leave "
+            "val_split out, or remove these rows.",
+            field="val_split",
+        )
 
 
 def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
@@ -305,9 +322,7 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
             if longest
             else "no row has an assistant turn or text in the loss"
         )
-        raise InputError(
-            f"none of the {notes.rows} rows of {name} has anything to train on: {reason}."
-        )
+        raise _nothing(notes.rows, name, reason)
     rows = chosen[kept]
     return Dataset(
         rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),
@@ -321,6 +336,10 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
         notes=notes,
         name=name,
     )
+
+
+def _nothing(n_rows: int, name: str, reason: str) -> InputError:
+    return InputError(f"none of the {n_rows} rows of {name} has anything to train on: {reason}.")
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:

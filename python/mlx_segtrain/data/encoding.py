@@ -121,7 +121,8 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 class Encoder:
     """Tokenizes samples.
 
-    `raw` is true if plain prompts bypass the chat template. `chats` splits conversations into
+    `has_template` is whether the tokenizer has a chat template, and `raw` is true if plain prompts
+    bypass it. `chats` splits conversations into
     samples, and `train_on` selects the turns that are in the loss. `responses` does the same, but
     always puts all assistant turns in the loss. `notes` counts the rows that were read; `bos`
     contains the tokens that the tokenizer adds before a text.
@@ -131,6 +132,7 @@ class Encoder:
         self._wrapper = tokenizer
         self._tokenizer = tokenizer._tokenizer  # the wrapper itself cannot be called on a batch
         self.options = options
+        self.has_template = tokenizer.has_chat_template
         self.raw = Prompting(options.prompt_format).is_raw(tokenizer)
         how = (options.chat_template_kwargs, options.append_eos)
         self.chats = Conversations(tokenizer, options.train_on, *how)
@@ -223,7 +225,7 @@ class Encoder:
 
     def _row(self, sample: Sample, whole: list[int] | None, parts: list[list[int]]) -> Row:
         ids, bounds = self._join(sample, whole, parts)
-        weights = np.zeros(len(ids), np.float32)
+        weights, findings = np.zeros(len(ids), np.float32), sample.findings
         for (_, weight), (start, end) in zip(sample.pieces, pairwise(bounds), strict=True):
             weights[start:end] = weight
         if not sample.rendered:  # a chat template itself writes BOS and ends turns
@@ -238,6 +240,8 @@ class Encoder:
                     )
                 ids = [*ids, eos]
                 weights = np.append(weights, np.float32(sample.pieces[-1][1]))
+            elif not stopped and len(sample.pieces) > 1:  # a text without a prompt has no turns
+                findings += ("stop",)
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
@@ -246,7 +250,7 @@ class Encoder:
             np.array(ids, np.int32),
             weights,
             sample.source,
-            sample.findings,
+            findings,
             turns=sample.turns,
         )
 

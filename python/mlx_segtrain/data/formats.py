@@ -146,26 +146,50 @@ def _listed(value: Any) -> Any:
     return value
 
 
+def _decoded(row: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Decodes values that are JSON text with a list of messages, as in the cells of a table. Other
+    text is not changed, even if it is JSON."""
+    found = {key: value for key in keys if _is_turns(value := _listed(row.get(key)))}
+    return {**row, **found}
+
+
+def _is_turns(value: Any) -> bool:
+    """Returns whether a value looks like a list of messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(own, dict) and ("role" in own or {"from", "value"} <= own.keys())
+            for own in value
+        )
+    )
+
+
 def _check_text(row: dict[str, Any], source: str) -> dict[str, Any]:
     expect(f'{source}: "text"', row["text"], str)
     return row
 
 
 def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks messages, which may have "from" and "value" instead of "role" and "content"."""
-    given = _listed(row["messages"])
+    messages = _messages(_listed(row["messages"]), f'{source}: "messages"')
+    return {**row, "messages": _begun(row, messages, "messages", source)}
+
+
+def _messages(given: Any, where: str) -> list[dict[str, Any]]:
+    """Checks a list of messages, which may have "from" and "value" instead of "role" and
+    "content"."""
     if isinstance(given, list):
         given = [_openai(own) if isinstance(own, dict) else own for own in given]
-    messages = checked_messages(given, f'{source}: "messages"')
-    return {**row, "messages": _begun(row, messages, "messages", source)}
+    return checked_messages(given, where)
 
 
 def _openai(message: dict[str, Any]) -> dict[str, Any]:
     """Converts a message with "from" and "value" to one with "role" and "content"."""
-    if not {"from", "value"} <= message.keys() or {"role", "content"} & message.keys():
+    named = any(message.get(key) is not None for key in ("role", "content"))
+    if named or not {"from", "value"} <= message.keys():
         return message
     rest = {key: x for key, x in message.items() if key not in ("from", "value")}
-    return {"role": message["from"], "content": message["value"], **rest}
+    return {**rest, "role": message["from"], "content": message["value"]}
 
 
 def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -176,7 +200,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     for own in about:
         expect(f"{source}: the input of the instruction", own, str)
     prompt = "\n\n".join([row["prompt"], *filter(None, about)])
-    return _check_completion({**row, "prompt": prompt}, source)
+    return _with_system({**row, "prompt": prompt}, source)
 
 
 #: The accepted labels, both as JSON values and as text in tables.
@@ -218,6 +242,7 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
     """Checks a row whose prompt is used to generate completions. The other keys are passed to
     reward functions."""
+    row = _decoded(row, "prompt")
     if not isinstance(row["prompt"], str):
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
@@ -230,6 +255,7 @@ def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
+    row = _decoded(row, *PLAIN)
     if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str)):
         row = {**row, **{key: _turns(row, key, source) for key in ("prompt", "completion")}}
         if not _answers(row["completion"]):
@@ -240,6 +266,7 @@ def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
+    row = _decoded(row, "prompt", *SIDES)
     if isinstance(row.get("prompt"), str):
         for key in SIDES:
             if not isinstance(row[key], str):
@@ -256,7 +283,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
     """Returns the prompt, the chosen response and the rejected response of a pair as messages."""
     sides = {key: _turns(row, key, source) for key in SIDES}
-    if "prompt" in row:
+    if row.get("prompt") is not None:
         prompt = _turns(row, "prompt", source)
     else:  # the prompt is the common beginning of both sides
         n = _alike(*sides.values())
@@ -318,7 +345,7 @@ def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
     expect(what, given, str, list)
     if isinstance(given, str):
         return [{"role": "user" if key == "prompt" else "assistant", "content": given}]
-    return checked_messages(given, what)
+    return _messages(given, what)
 
 
 def _answers(messages: list[dict[str, Any]]) -> bool:
@@ -331,7 +358,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
     if isinstance(row["prompt"], str):
         if row.get("system") is not None:
             expect(f'{source}: "system"', row["system"], str)
-        return row
+        return {**row, "system": row.get("system") or None}  # "" is an empty cell
     return {**row, "prompt": _begun(row, row["prompt"], "prompt", source)}
 
 

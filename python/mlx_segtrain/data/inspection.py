@@ -60,7 +60,8 @@ class Report:
     `n_train` and `n_valid` count rows. All other fields except `remarks` describe the training
     rows. `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier
     one. Lengths, `histogram` and `longest` (pairs of source and length) are measured in tokens,
-    before truncation. Without a tokenizer, fields that need one are None or empty. `epoch`
+    before truncation. Without a tokenizer, fields that need one are None or empty. If completions
+    are generated for the rows, fields about the loss and about an epoch are None. `epoch`
     describes an epoch without packing; `packed` describes an epoch with packing, if the data can be
     packed. `remarks` contains sentences about omitted data and about problems with the data.
     `findings` maps each finding (a key of notes.FINDINGS) to the first rows that have it. `error`
@@ -118,6 +119,11 @@ def inspect(
     try:
         train, valid = sources_of(data, tell=on_event)
         if tokenizer is None:
+            if options.dedup or options.val_split not in ("auto", 0):
+                raise InputError(
+                    "dedup and val_split have no effect without the tokenizer: pass --model, or "
+                    "leave them out."
+                )
             report.formats = dict(count(train, options))
             report.format, report.n_train = format_of(report.formats), sum(report.formats.values())
             report.n_valid = count(valid, options).total() if valid else 0
@@ -137,18 +143,18 @@ def inspect(
         report.previews = _previews(rows, read.encoder)
         notes = samples.notes()
         report.formats = dict(notes.formats)
-        report.samples, report.trained_turns = len(samples), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
         report.duplicates = duplicates(samples)
         found, others = dataset.parts(train, valid, read)
-        for name, value in found.counts.items():
-            setattr(report, name, value)
-        if valid is None and others is not None:
-            report.n_train, report.n_valid = found.n_rows, others.n_rows
-        report.epoch = _epoch(found, batch_size, accumulation, step_s)
-        if found.columns.length.shape[1] == 1 and not options.labelled:  # no pairs, no labels
-            packed = found.in_rows_of(options.max_seq_length)
-            report.packed = _epoch(packed, batch_size, accumulation)
+        report.n_train, report.n_valid = found.n_rows, others.n_rows if others else 0
+        if found.format != "prompt":  # the loss of prompts covers only completions
+            report.samples, report.trained_turns = len(samples), notes.turns
+            for name, value in found.counts.items():
+                setattr(report, name, value)
+            report.epoch = _epoch(found, batch_size, accumulation, step_s)
+            if found.columns.length.shape[1] == 1 and not options.labelled:  # no pairs, no labels
+                packed = found.in_rows_of(options.max_seq_length)
+                report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)
         for source in (train, *([valid] if valid else [])):
             read.check(source)

@@ -22,6 +22,7 @@ from ..errors import InputError, either
 from .columns import Columns
 from .encoding import Encoder, Options, Pair, Row, sequences
 from .formats import FORMATS, SIDES, Record, checked, encode, quoted
+from .messages import Other
 from .notes import FINDINGS, MOST_NAMED, Notes
 from .template import Tokenizer
 
@@ -37,6 +38,8 @@ ROWS_PER_CALL = 512
 #: The findings, in the order of the bits that represent them.
 BITS = tuple(FINDINGS)
 ABOUT = b"about"
+#: The only key of the JSON object that represents an Other.
+OTHER = "\0other"
 
 
 def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
@@ -142,7 +145,7 @@ def _batch(
     if rows and isinstance(rows[0], Pair):
         columns["shared"] = _column(np.array([getattr(row, "shared", 0) for row in rows], np.int32))
     if rows and isinstance(rows[0], Row) and rows[0].given is not None:
-        given = [json.dumps(getattr(row, "given", None), default=str) for row in rows]
+        given = [json.dumps(getattr(row, "given", None), default=_marked) for row in rows]
         columns["given"] = _texts(given)
     for side, own in enumerate(zip(*map(sequences, rows), strict=True)):
         columns |= {f"{name}{side}": column for name, column in _side(own).items()}
@@ -151,6 +154,14 @@ def _batch(
     return pa.RecordBatch.from_arrays(
         list(columns.values()), schema=pa.schema(schema, metadata=metadata)
     )
+
+
+def _marked(value: Other) -> dict[str, str]:
+    return {OTHER: value.kind}
+
+
+def _unmarked(found: dict[str, Any]) -> Any:
+    return Other(found[OTHER]) if found.keys() == {OTHER} else found
 
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
@@ -288,7 +299,8 @@ class _Shard:
             row = self.sides[0].row(j, source)
             if "given" not in self.batch.schema.names:
                 return row
-            return replace(row, given=json.loads(self.batch.column("given")[j].as_py()))
+            given = self.batch.column("given")[j].as_py()
+            return replace(row, given=json.loads(given, object_hook=_unmarked))
         chosen, rejected = (
             side.row(j, f"{source} {name}") for side, name in zip(self.sides, SIDES, strict=True)
         )

@@ -19,7 +19,7 @@ from ..data import AnyBatch, Batch, Dataset, PairBatch
 from ..data.mismatching import mismatched
 from ..models import Chain
 from ..streams import SINGLE, Stream
-from .objective import Objective, stream_values
+from .objective import Objective, reference_of, stream_values
 from .preference import Reference
 
 #: The range that the KTO paper (eq. 8) recommends for the ratio of desirable to undesirable rows,
@@ -84,7 +84,7 @@ class Responses(Objective):
         """Returns the sequences to run through the model, and their log-probabilities under the
         reference model."""
         own = _own(batch)
-        return own, _reference(batch)[: len(own.rows)]
+        return own, _reference(batch, self.reference is not None)[: len(own.rows)]
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         """Returns the outputs, given the log-probabilities [B] of the responses and the other
@@ -104,12 +104,11 @@ def _labels(own: Batch) -> np.ndarray:
     return np.sign(own.weights.sum(1)).astype(np.float32)
 
 
-def _reference(batch: AnyBatch) -> np.ndarray:
+def _reference(batch: AnyBatch, needed: bool) -> np.ndarray:
     """Returns the log-probabilities of all sequences in a batch under the reference model, as
-    float32, or zeros if these log-probabilities have not been computed yet."""
+    float32, or zeros if they are not needed."""
     sides = 2 if isinstance(batch, PairBatch) else 1
-    none = np.zeros(sides * len(batch.rows), np.float32)
-    return none if batch.reference is None else batch.reference
+    return reference_of(batch, sides * len(batch.rows), needed)
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Divergence(Responses):
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         assert isinstance(batch, PairBatch)
-        return batch.rejected, _reference(batch)[len(batch.rows) :]
+        return batch.rejected, _reference(batch, needed=True)[len(batch.rows) :]
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         _, reference, _, parts = reads

@@ -122,6 +122,16 @@ def predictions(
     return batch.tokens[:, run], b, t, (b, after[t])
 
 
+def reference_of(batch: Any, n: int, needed: bool) -> np.ndarray:
+    """Returns the reference values of a batch, float32 [n], or zeros if they are not needed. Raises
+    ValueError if they are needed, but have not been computed."""
+    if batch.reference is not None:
+        return batch.reference
+    if needed:
+        raise ValueError("the reference values of a row in the batch have not been computed")
+    return np.zeros(n, np.float32)
+
+
 def stream_values(
     chain: Chain, stream: Stream, tokens: np.ndarray, b: np.ndarray, t: np.ndarray
 ) -> dict[str, mx.array]:

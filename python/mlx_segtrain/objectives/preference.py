@@ -19,7 +19,7 @@ from .. import ops
 from ..data import Batch, Columns, Dataset, PairBatch
 from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
-from .objective import Objective, stream_values
+from .objective import Objective, reference_of, stream_values
 
 #: Pairs whose common prefix is shorter than this many tokens run as two streams.
 SHARED_LEAST = 64
@@ -146,7 +146,7 @@ class Pairs(Objective):
             for name in ("target", "owner", "response", "weight")
         )
         members = (np.arange(2 * b)[:, None] == owner) * response
-        reference = np.zeros(2 * b) if batch.reference is None else batch.reference
+        reference = reference_of(batch, 2 * b, self.reference is not None)
         return {
             **values,
             "targets": ops.upload(target),

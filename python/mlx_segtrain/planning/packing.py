@@ -35,6 +35,8 @@ def pays(config: TrainConfig, data: Dataset) -> bool:
         (own, planned(config, objective_of(config).batch_shapes(own, config.batch_size)))
         for own in (data, data.in_rows_of(config.max_seq_length))
     )
+    if len(data) < config.batch_size:  # without packing, there is not even one batch
+        return packed[1].fits
     return packed[1].fits and epoch_s(*packed) < epoch_s(*apart)
 
 

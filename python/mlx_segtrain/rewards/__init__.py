@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
+from ..data.messages import Other
 from ..data.prompting import Prompting
 from ..errors import InputError, RunError, named_reason, shown
-from .calling import by_command, function_of, with_what_it_takes
+from .calling import by_command, function_of, takes, with_what_it_takes
 from .checks import check_of, column_of
 from .environments import GIVEN, Conversation, Environments
 from .model import RewardModel
 
 if TYPE_CHECKING:
-    from ..data import Row
+    from ..data import Dataset, Row
 
-__all__ = ["Function", "Rewards", "Scores", "check_rows"]
+__all__ = ["Function", "Rewards", "Scores", "check_rows", "with_all_columns"]
 
 #: The arguments of a reward in addition to the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
@@ -73,7 +74,7 @@ class Rewards:
             named.append(("reward_model", model))
         environments = Environments.of(config, environment)
         if environments is not None and environments.has_reward:
-            named.append((environments.name, _own_rewards))
+            named.append((environments.name, with_what_it_takes(_own_rewards)))
         if not named:
             raise InputError(
                 "method grpo needs a reward: set rewards, reward_functions, reward_command or "
@@ -98,12 +99,28 @@ class Rewards:
         requirements of the rewards. The configuration must contain local folders instead of names
         on the hub."""
         check_rows(config, rows)
+        for row in rows:
+            for name, value in (row.given or {}).items():
+                if isinstance(value, Other) and self._reads(config, name):
+                    raise InputError(
+                        f'{row.source}: the rewards cannot read the column "{name}", because its '
+                        f"type is {value.kind}: convert the column to text or numbers, or remove "
+                        "it."
+                    )
         if self.environments is not None:
             self.environments.check(config, tokenizer, rows)
         if self.model is not None:
             assert config.reward_model is not None
             raw = Prompting(config.prompt_format).is_raw(tokenizer)
             self.model.check(config.reward_model, raw)
+
+    def _reads(self, config: TrainConfig, column: str) -> bool:
+        """Returns whether a reward or the environment receives a column of the data."""
+        written = [*self.rewards.values()][len(config.rewards) :]  # checks come first
+        if self.environments is not None:
+            written.append(self.environments.make().reset)
+        known = [column_of(spec) for spec in config.rewards]
+        return column in known or any(takes(own, column) for own in written)
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
@@ -152,7 +169,7 @@ class Rewards:
         return Scores(found, list(sums))
 
 
-def _own_rewards(environments: Sequence[Any], **columns: Any) -> list[float]:
+def _own_rewards(environments: Sequence[Any]) -> list[float]:
     """Returns the rewards that the environments compute with `get_reward`."""
     return [own.get_reward() for own in environments]
 
@@ -178,6 +195,18 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
                 f"{shown(completion, 80)}; it must return a finite number. Fix it and resume."
             )
     return numbers
+
+
+def with_all_columns(*splits: Dataset | None) -> list[Dataset | None]:
+    """Returns prompts whose rows all have the same columns. A missing value is None, so that the
+    rewards receive a column even if no row of a step has a value in it."""
+    rows = (row for own in splits if own for row in own.rows)
+    names = dict.fromkeys(name for row in rows for name in row.given or {})
+
+    def filled(_: int, row: Row) -> Row:
+        return replace(row, given={**names, **(row.given or {})})
+
+    return [own and own.map(filled) for own in splits]
 
 
 def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:

@@ -1,5 +1,6 @@
 """Rewards written by the user: Python functions and a command."""
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -69,7 +70,22 @@ def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
     if any(own.kind is own.VAR_KEYWORD for own in parameters):
         return function
     names = {own.name for own in parameters}
-    return lambda **given: function(**{name: x for name, x in given.items() if name in names})
+
+    @functools.wraps(function)  # `takes` reads the signature
+    def called(**given: Any) -> Any:
+        return function(**{name: x for name, x in given.items() if name in names})
+
+    return called
+
+
+def takes(function: Callable[..., Any], column: str) -> bool:
+    """Returns whether a function that `with_what_it_takes` returned receives a column."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    every = any(own.kind is own.VAR_KEYWORD for own in parameters.values())
+    return every or column in parameters
 
 
 def by_command(command: str) -> Callable[..., list[float]]:

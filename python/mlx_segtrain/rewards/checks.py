@@ -11,8 +11,11 @@ import re2
 
 from ..errors import InputError, reason, shown
 
-#: Matches a number in a text. The number may have thousands separators.
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+MINUS = "\u2212"  #: the minus sign of typeset text
+SIGN = f"[-+{MINUS}]?"
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+#: Matches a number in a text. The number may have thousands separators, or begin with a point.
+NUMBER = re.compile(rf"{SIGN}(?:{DIGITS}|(?<!\w)\.\d+)(?:[eE]{SIGN}\d+)?")
 #: Numbers count as equal if their relative difference is at most this.
 ACCURACY = 1e-6
 
@@ -75,7 +78,7 @@ def _number(column: str) -> Check:
 def last_number(text: str) -> float | None:
     """Returns the last number in a text, or None if there is none."""
     found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return float(found[-1].replace(",", "").replace(MINUS, "-")) if found else None
 
 
 def _regex(pattern: str) -> Check:

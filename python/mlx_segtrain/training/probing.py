@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import events
 from ..config import TrainConfig
-from ..data import batches
+from ..data import Dataset, batches
 from ..data.sources import sources_of
 from ..hub import located
 from .cycle import Cycle, rewards_of
@@ -18,6 +18,16 @@ from .policy import run_policy
 from .results import ProbeResult
 from .setup import prepare, read_inputs
 from .step import Halted, Stepper
+
+
+def _longest(config: TrainConfig, data: Dataset) -> Dataset:
+    """Returns the longest rows of the data, as many as a step trains on."""
+    longest = np.argsort(-data.columns.run, kind="stable")
+    count = config.batch_size * config.grad_accumulation_steps
+    if data.packed:  # enough rows to fill a step's batches
+        tokens = np.cumsum(data.columns.run[longest])
+        count = 1 + int(np.searchsorted(tokens, count * data.packed))
+    return data.take(longest[:count])
 
 
 def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeResult:
@@ -29,14 +39,9 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         config = located(config, tell)
         scoring = rewards_of(config)
         sources = sources_of(config.data_dir, tell=tell)
-        setup, vector = prepare(read_inputs(config, sources, tell, rewards=scoring), tell)
+        inputs = read_inputs(config, sources, tell, rewards=scoring)
+        setup, vector = prepare(inputs, tell, pick=partial(_longest, inputs.config))
         config = setup.config
-        longest = np.argsort(-setup.train.columns.run, kind="stable")
-        count = config.batch_size * config.grad_accumulation_steps
-        if setup.train.packed:  # enough rows to fill a step's batches
-            tokens = np.cumsum(setup.train.columns.run[longest])
-            count = 1 + int(np.searchsorted(tokens, count * setup.train.packed))
-        setup = replace(setup, train=setup.train.take(longest[:count]))
         source = batches(setup.train, config.batch_size, config.seed)
         step = Stepper(setup) if scoring is None else Cycle(setup, rewards=scoring)
         at = step.optimizer.start(vector)

@@ -19,7 +19,7 @@ from ..generation.rollouts import Policy, seed_of
 from ..lora import Adapter
 from ..models import load_tokenizer
 from ..planning.rollouts import check_rollouts, rollouts_at_once
-from ..rewards import Function, Rewards
+from ..rewards import Function, Rewards, with_all_columns
 from .cycle import options_of, roll_out
 from .evaluation import load_rows
 from .policy import run_policy
@@ -71,8 +71,10 @@ def score(
     with run_policy(config):
         tokenizer = load_tokenizer(config.model_dir)
         data = load_rows(config, tokenizer, Options.of(config, scoring.tools), split, on_event)
+        scoring.check(config, tokenizer, data.rows)
+        (data,) = with_all_columns(data)
+        assert data is not None
         rows = list(data.rows)
-        scoring.check(config, tokenizer, rows)
         tokens = int(data.columns.length.max()) + config.max_completion_tokens
         if config.rollout_batch == "auto":
             most = rollouts_at_once(config, tokens, len(rows) * config.group_size)

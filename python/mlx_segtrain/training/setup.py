@@ -34,7 +34,7 @@ from ..planning.pipeline import Part
 from ..planning.rollouts import check_rollouts, completions_of, rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits, planned
 from ..planning.splitting import Member, split_run
-from ..rewards import Rewards
+from ..rewards import Rewards, with_all_columns
 from ..schedule import Grads
 from ..streams import BatchShape
 from .checkpoint import STATE, Checkpoint, found, newest
@@ -219,6 +219,8 @@ def read_inputs(
         for data in filter(None, (train, valid)):
             if rewards is not None:
                 rewards.check(config, tokenizer, data.rows)
+        train, valid = with_all_columns(train, valid)
+        assert train is not None
         config = with_rollouts(config, _longest(config, train, valid), resumed, ranks)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
@@ -254,13 +256,14 @@ def prepare(
     resumed: Checkpoint | None = None,
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
+    pick: Callable[[Dataset], Dataset] | None = None,
 ) -> tuple[Setup, mx.array]:
     """Plans a run and loads its model, unless the caller passes it as `loaded`. Returns the setup
     and the vector of the adapter's factors.
 
-    A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
-    InputError, before weights are loaded, if an input cannot be used or if there is not enough
-    memory.
+    If `pick` is given, the setup contains only the training rows that `pick` returns. A resumed run
+    keeps the earlier choice of whether the responses of a pair share tokens. Raises InputError,
+    before weights are loaded, if an input cannot be used or if there is not enough memory.
     """
     config = inputs.config
     objective = objective_of(config)
@@ -292,6 +295,8 @@ def prepare(
     on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(replace(inputs, train=train), plan, loaded, ranks)
     setup = replace(setup, apart=train is not inputs.train)
+    if pick is not None:
+        setup = replace(setup, train=pick(train), valid=None)
     if ROWS[config.method] == "prompt":
         assert isinstance(config.rollout_batch, int)
         peak = rollout_bytes(config, _longest(config, train, inputs.valid), config.rollout_batch)
