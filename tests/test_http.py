@@ -610,7 +610,7 @@ def test_push_to_a_hub(tmp_path, hub):
         secret = "hf_" + "s" * 20
         assert post("/api/settings/hf-token", json={"token": secret}).json() == {"ok": True}
         assert server.http.get("/api/settings/hf-token").json()["hasToken"] is True
-        assert post("/api/finetune/push", json={"repo_id": "me/mine"}).status_code == 400
+        assert post("/api/finetune/push", json={"repo_id": "me/mine"}).status_code == 422
         assert post("/api/finetune/push", json={"repo_id": "../x", "job_id": id}).status_code == 422
         pushed = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
         assert pushed.status_code == 200, pushed.text + server.said
