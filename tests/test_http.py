@@ -217,6 +217,81 @@ def test_other_mistakes(server, run):
     assert '"type": "failed"' in gone and gone.endswith("event: end\ndata: {}\n\n")
 
 
+def test_fields_that_an_evaluation_does_not_have(server, run):
+    body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
+    for name, value in {"iters": 7, "warm_start": run["output_path"], "segment_size": 1}.items():
+        answer = server.http.post("/api/finetune/evaluate", json={**body, name: value})
+        assert answer.status_code == 422 and answer.json()["field"] == name, answer.text
+
+
+def test_a_plan_takes_what_a_run_takes(server):
+    body = {"model_dir": str(server.cwd / "model"), "max_seq_length": 64}
+    for own in ({"adapter_path": None}, {"adapter_path": ""}, {"warm_start": None, "epochs": None}):
+        answer = server.http.post("/api/finetune/plan", json=body | own)
+        assert answer.json()["ok"] and answer.json()["fits"], answer.text
+
+
+def test_aliases_in_a_file(server):
+    def read(*lines):
+        answer = server.http.post("/api/finetune/read", json={"yaml": "\n".join(lines)}).json()
+        return answer["values"], [(own["field"], own["message"]) for own in answer["faults"]]
+
+    found = read("method: dpo", "dpo_lr_schedule: linear", "dpo_warmup_iters: 7")
+    assert found == ({"method": "dpo", "lr_schedule": "linear", "warmup_iters": 7}, [])
+    values, ((field, says),) = read("method: dpo", "dpo_lr_schedule: bad")
+    assert values == {"method": "dpo", "lr_schedule": "bad"} and field == "lr_schedule"
+    assert "got 'bad'" in says or 'got "bad"' in says or "got bad" in says
+    values, ((field, says),) = read("iters: 9", "dpo_warmup_iters: 7")
+    assert values == {"iters": 9} and field == "dpo_warmup_iters"
+    assert says == "dpo_warmup_iters only applies to method dpo: use warmup_iters"
+
+
+def test_a_command_leaves_out_lists_without_items(server):
+    body = {"model_dir": "model", "report_to": [], "rewards": [], "rank": 4}
+    command = server.http.post("/api/finetune/copy", json=body).json()["command"]
+    assert "--rank 4" in command and "--report-to" not in command and "--reward" not in command
+
+
+def test_a_push_has_one_source(server, run):
+    body = {"repo_id": "a/b", "job_id": run["id"], "source_path": run["output_path"]}
+    for own in (body, {"repo_id": "a/b"}):
+        answer = server.http.post("/api/finetune/push", json=own)
+        assert answer.status_code == 422 and "set either source_path, or job_id" in answer.text
+
+
+def test_pages_of_jobs(server):
+    """The next page does not depend on whether the jobs of this page still exist or were
+    requeued."""
+    http = server.http
+    body = {"adapter_a": str(server.cwd / "model"), "adapter_b": str(server.cwd / "model")}
+    for _ in range(6):
+        http.post("/api/finetune/merge", json=body)  # fails, because these are no adapters
+    ids = [own["id"] for own in http.get("/api/jobs", params={"limit": 6}).json()["jobs"]]
+    page = http.get("/api/jobs", params={"limit": 2}).json()
+    assert [own["id"] for own in page["jobs"]] == ids[:2]
+    assert http.delete(f"/api/jobs/{ids[0]}").status_code == 200
+    assert http.post(f"/api/jobs/{ids[1]}/resume").status_code == 200
+    page = http.get(f"/api/jobs?limit=2&before={page['next']}").json()
+    assert [own["id"] for own in page["jobs"]] == ids[2:4]
+    page = http.get(f"/api/jobs?limit=2&before={page['next']}").json()
+    assert [own["id"] for own in page["jobs"]] == ids[4:]
+    for before in ("job_0", "-1", str(1 << 63)):
+        assert http.get("/api/jobs", params={"before": before}).status_code == 422
+
+
+@pytest.mark.parametrize("name", ["lr=1e-4,rank=8", "default"])
+def test_an_adapter_whose_folder_has_no_valid_name(server, run, tmp_path, name):
+    """The server starts, and the adapter gets another id."""
+    shutil.copytree(run["output_path"], tmp_path / name)
+    with Server(tmp_path, server.cwd / "model", "--adapter", tmp_path / name) as own:
+        (mounted,) = own.http.get("/v1/adapters").json()["adapters"]
+        assert mounted["id"] == {"default": "adapter-default"}.get(name, "lr=1e-4-rank=8")
+        (found,) = own.http.get("/v1/adapters/available").json()["adapters"]
+        assert (found["id"], found["mounted"]) == (mounted["id"], True)
+        body = {"prompt": "Hi", "max_tokens": 1}
+        assert own.http.post("/v1/completions", json=body).json()["adapter"] == mounted["id"]
+
+
 def test_cancel_and_resume(server):
     id = server.submit(iters=100000, steps_per_report=1)
     with server.http.stream("GET", f"/api/jobs/{id}/stream") as stream:
@@ -535,7 +610,7 @@ def test_push_to_a_hub(tmp_path, hub):
         secret = "hf_" + "s" * 20
         assert post("/api/settings/hf-token", json={"token": secret}).json() == {"ok": True}
         assert server.http.get("/api/settings/hf-token").json()["hasToken"] is True
-        assert post("/api/finetune/push", json={"repo_id": "me/mine"}).status_code == 400
+        assert post("/api/finetune/push", json={"repo_id": "me/mine"}).status_code == 422
         assert post("/api/finetune/push", json={"repo_id": "../x", "job_id": id}).status_code == 422
         pushed = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
         assert pushed.status_code == 200, pushed.text + server.said

@@ -264,6 +264,25 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path, forked):
     assert (tmp_path / "out" / "adapters.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_another_job_replaced_is_not_resumed(place, tmp_path, forked, overwrite):
+    async def use(jobs):
+        out = tmp_path / "out"
+        one = submit(jobs, place, out, iters=100_000, steps_per_save=1, overwrite=overwrite)
+        await until(lambda: '"step": 3' in jobs.log(one.id).read_text())
+        jobs.cancel(one.id)
+        await jobs.ended(one.id)
+        two = submit(jobs, place, out, iters=3, overwrite=True)
+        assert (await jobs.ended(two.id)).status == "done"
+        made = (out / "adapters.safetensors").read_bytes()
+        jobs.remove(two.id)  # what is known must not depend on the other job's row
+        with pytest.raises(Conflict, match="now contains the run of another job"):
+            jobs.resume(one.id)
+        assert (out / "adapters.safetensors").read_bytes() == made
+
+    served(tmp_path / "store", use)
+
+
 def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch, forked):
     """Updates that the job store cannot write are written later, and the next job still runs."""
 

@@ -507,6 +507,8 @@ def test_adapter_routes(folder, said, tmp_path):
             ({"id": "x", "path": "broken"}, 400, "adapters.safetensors"),
             ({"id": "x", "path": "../../etc"}, 403, "is not below a directory"),
             ({"id": "a+b", "path": "a"}, 400, "is not a valid adapter id"),
+            ({"id": "Default", "path": "a"}, 400, "is a name of the base model"),
+            ({"id": "org-model", "path": "a"}, 400, "is a name of the base model"),
             ({"id": "x"}, 400, "path"),
             ({"path": "a"}, 400, "id"),
             ({"id": 1, "path": "a"}, 400, "id"),
@@ -527,6 +529,27 @@ def test_remounting_under_the_same_id(folder, said):
                 content = ask(server, "x").choices[0].message.content
                 assert content == said(chat_tokens(said), name, 16)
             server.http.delete("/v1/adapters/x")
+
+
+def test_files_that_have_changed_are_read_again(folder, said):
+    """An adapter that was trained again can be mounted with the same request. No cached prompt of
+    the old weights is used."""
+    out = folder / "trained"
+    with serving(folder, said.model) as server:
+        server.engine.default = "x"
+        for name in ("a", "b", "a"):
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(folder / name, out)
+            for _ in range(2):
+                answer = server.http.post("/v1/adapters", json={"id": "x", "path": "trained"})
+                assert answer.status_code == 200
+                mounted = server.engine.adapters["x"]
+                content = ask(server, "x").choices[0].message.content
+                assert content == said(chat_tokens(said), name, 16)
+                server.http.post("/v1/adapters", json={"id": "x", "path": "trained"})
+                assert server.engine.adapters["x"] is mounted
+        assert list(server.engine.adapters) == ["x"] and server.engine.default == "x"
+    shutil.rmtree(out)
 
 
 def test_unmounting_under_a_stream(folder, said):

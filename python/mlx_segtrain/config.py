@@ -512,23 +512,14 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        """Fills in the defaults that depend on the method. With method dpo, also accepts
-        dpo_lr_schedule and dpo_warmup_iters as aliases for lr_schedule and warmup_iters."""
+        """Renames aliases, and fills in the defaults that depend on the method."""
         if not isinstance(values, dict):
             return values
-        values = dict(values)
         if values.get("method") == "grpo":
             loss = values.get("grpo_loss")
             own = OF_LOSS.get(loss, {}) if isinstance(loss, str) else {}
             values = {"packing": "auto", **own, **values}
-        for name in ("lr_schedule", "warmup_iters"):
-            if f"dpo_{name}" not in values:
-                continue
-            if values.get("method") != "dpo":
-                raise ValueError(f"dpo_{name} only applies to method dpo: use {name}")
-            if name in values:
-                raise ValueError(f"dpo_{name} and {name} name the same field: set only one of them")
-            values[name] = values.pop(f"dpo_{name}")
+        values = renamed(values)
         if values.get("method", "sft") != "sft":
             values = {"learning_rate": 5e-5, "lr_schedule": "cosine", **values}
         return values
@@ -589,6 +580,24 @@ FACETS: dict[str, Facets] = {
 PATHS = tuple(name for name, field in TrainConfig.model_fields.items() if kind(field) is Path)
 #: The fields that clients of the server may not set, each with the reason.
 REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values with their fields' own names: with method dpo, dpo_lr_schedule and
+    dpo_warmup_iters are aliases for lr_schedule and warmup_iters. Raises InputError."""
+    values = dict(values)
+    for name in ("lr_schedule", "warmup_iters"):
+        alias = f"dpo_{name}"
+        if alias not in values:
+            continue
+        if values.get("method") != "dpo":
+            raise InputError(f"{alias} only applies to method dpo: use {name}", field=alias)
+        if name in values:
+            raise InputError(
+                f"{alias} and {name} name the same field: set only one of them", field=alias
+            )
+        values[name] = values.pop(alias)
+    return values
 
 
 def affecting(what: Effect) -> tuple[str, ...]:
@@ -721,7 +730,7 @@ def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
         return InputError(
             f"{name} is missing: set it in the YAML file or with {flag(name)}", field=name
         )
-    value = values[name]
+    value = values.get(name, fault["input"])  # it may have been set by an alias
     text = f"{name} must be {allowed(name, value)}; got {shown(value, 200)}"
     return InputError(text, field=name)
 

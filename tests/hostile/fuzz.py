@@ -131,7 +131,8 @@ class Readers:
 def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
     """Returns the method, the path and a valid body of every route that accepts a body."""
     model, data, adapter = (str(place / name) for name in ("model", "data", "adapter"))
-    run = {"model_dir": model, "data_dir": data, "max_seq_length": 64, "iters": 1, "rank": 8}
+    evaluated = {"model_dir": model, "data_dir": data, "max_seq_length": 64}
+    run = {**evaluated, "iters": 1, "rank": 8}
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "adapter": "none"}
     sampled = {"temperature": 0.5, "top_p": 0.9, "stop": ["a"], "logit_bias": {"5": 1}, "seed": 1}
     return [
@@ -140,7 +141,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
         ("POST", "/v1/completions", {"prompt": [5, 6], "max_tokens": 1}),
         ("POST", "/v1/adapters", {"id": "a", "path": adapter}),
         ("POST", "/api/finetune/submit", {**run, "adapter_path": str(place / "out")}),
-        ("POST", "/api/finetune/evaluate", {**run, "split": "train"}),
+        ("POST", "/api/finetune/evaluate", {**evaluated, "split": "train"}),
         ("POST", "/api/finetune/plan", run),
         ("POST", "/api/finetune/merge", {"adapter_a": adapter, "adapter_b": adapter}),
         ("POST", "/api/finetune/export", {"adapter_path": adapter, "method": "peft"}),
@@ -148,7 +149,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
         ("POST", "/api/finetune/inspect-dataset", {"path": data, "model_dir": model}),
         ("POST", "/api/settings/hf-token", {"token": "hf_x"}),
         ("POST", "/api/models/serve", {"model_dir": str(canary)}),
-        ("GET", "/api/jobs", {"limit": "5", "kind": "merge", "before": "job_0"}),
+        ("GET", "/api/jobs", {"limit": "5", "kind": "merge", "before": "9"}),
         ("GET", "/api/jobs/{}", {"": "job_0"}),
         ("GET", "/api/jobs/{}/stream", {"": "job_0"}),
         ("POST", "/api/jobs/{}/cancel", {"": "job_0"}),

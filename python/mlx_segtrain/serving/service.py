@@ -35,7 +35,7 @@ from ..training.setup import accumulating
 from . import catalog
 from .confined.parent import INSPECTING, INSPECTIONS, Confined
 from .generation.engine import Engine
-from .generation.mounting import Base
+from .generation.mounting import Base, id_of
 from .hosts import share_memory
 from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
@@ -109,6 +109,11 @@ class Service:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.roots = Roots(settings.folders, settings.store)
+        if settings.downloads and not self.roots.allows(hub.cache()):
+            raise InputError(
+                f"--allow-downloads needs the Hugging Face cache {hub.cache()}, which is not below "
+                f"a --root: add --root {hub.cache()}."
+            )
         self.hosts = settings.hosts()
         self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders, self.hosts)
         self.outputs = Outputs(settings.store, self.roots, self.jobs)
@@ -125,10 +130,10 @@ class Service:
         await self.jobs.start()
         self.tidying = asyncio.create_task(self._tidy())
         if self.settings.model_dir is not None:
-            await self.engine.load(self.settings.model_dir)
-        if self.settings.adapter is not None:
-            path = self.settings.adapter.resolve()
-            self.engine.default = (await self.engine.mount(path.name, path)).id
+            base = await self.engine.load(self.settings.model_dir)
+            if self.settings.adapter is not None:
+                path = self.settings.adapter.resolve()
+                self.engine.default = (await self.engine.mount(id_of(path, base), path)).id
 
     async def close(self) -> None:
         if self.tidying is not None:
@@ -185,7 +190,7 @@ class Service:
         mounted = {own.path for own in self.engine.adapters.values()}
         return [
             {
-                "id": own.path.name,
+                "id": id_of(own.path, base),
                 "path": str(own.path),
                 "rank": max(own.ranks, default=0),
                 "scale": own.scale,
@@ -223,7 +228,7 @@ class Service:
         named = None if format_of(Path(text)) else repository.named(text)
         if named is None:
             return self.roots.resolve(text)
-        self._check_downloads(str(text))
+        self._check_downloads()
         train, _ = sources_of(str(text), ask=False)
         own = hub.origin(next(iter(train.files.values())))
         assert own is not None  # these files are in the Hugging Face cache
@@ -238,11 +243,10 @@ class Service:
         named["data_dir"] = self.data_place
         return named.get(name, self.roots.resolve)
 
-    def _check_downloads(self, name: str) -> None:
-        """Raises InputError or Outside unless clients may download from the hub."""
+    def _check_downloads(self) -> None:
+        """Raises InputError unless clients may download from the hub."""
         if not self.settings.downloads:
             raise InputError(f"this server does not allow downloads: {WAY}.", status=403)
-        self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
         """Submits a job that downloads a model or a data set. Raises InputError if downloads are
@@ -251,13 +255,13 @@ class Service:
             raise InputError(
                 f"{shown(name)} is not a valid hub name: use the form org/name.", status=422
             )
-        self._check_downloads(name)
+        self._check_downloads()
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
         """Searches the hub. Raises InputError if downloads are not allowed, or if the search
         fails."""
-        self._check_downloads(words)
+        self._check_downloads()
         return await self.searches.run(words, kind)
 
     @cached_property
@@ -286,7 +290,7 @@ class Service:
     async def plan(self, values: Mapping[str, Any], ranks: int = 1) -> Plan:
         """Plans a run with this number of ranks. Raises InputError for an invalid configuration,
         but not for insufficient memory."""
-        shared = dict(values)
+        shared = _stated({**values, "adapter_path": values.get("adapter_path") or None})
         share_memory(shared, max(self.hosts.first(ranks).ranks_here))
         config = self.config(shared, data_dir="unused", adapter_path="unused")
         return await self.plans.run(_plan, _of_rank(config, ranks), ranks)
@@ -364,7 +368,7 @@ class Service:
     ) -> tuple[TrainConfig, dict[str, Any]]:
         """Returns the configuration of a job, and the part of it that the client set. Raises
         InputError."""
-        given = {key: value for key, value in values.items() if value is not None}
+        given = _stated(values)
         config = self.config(given, **fill)
         with about("model_dir"):
             Snapshot(config.model_dir).file("config.json", "configuration")
@@ -423,6 +427,11 @@ class Service:
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: specify an existing folder.")
         return str(path)
+
+
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that are not null, because null means that a field is omitted."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 @contextmanager

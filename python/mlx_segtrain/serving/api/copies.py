@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
+from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml, renamed
 from ...errors import InputError
 
 #: Placeholders for required settings. A file may omit these settings, because the page's form
@@ -27,7 +27,7 @@ DEEP = 100
 def command(values: Mapping[str, Any], ranks: int = 1) -> str:
     """Returns the command line of a run, one option per line. If `ranks` is greater than 1, the
     command starts all ranks on this machine."""
-    words = [_option(name, value) for name, value in values.items()]
+    words = [_option(name, value) for name, value in values.items() if value != []]
     start = "mlx-segtrain train"
     if ranks > 1:
         start = f'mlx.launch -n {ranks} -- "$(which mlx-segtrain)" train'
@@ -62,23 +62,23 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     fields = TrainConfig.model_fields
     if len(given) > 2 * len(fields):  # the loop below runs once per error
         raise InputError(f"the file has {len(given)} settings, but only {len(fields)} exist.")
-    known = {name: _plain(value) for name, value in given.items() if name in fields}
     faults = [
         InputError(f"{name} is not allowed here: {REFUSED[name]}.", field=name)
-        for name in known
+        for name in given
         if name in REFUSED
     ]
-    known = {name: value for name, value in known.items() if name not in REFUSED}
-    left = {name: value for name, value in given.items() if name not in REFUSED}
+    left = known = {name: value for name, value in given.items() if name not in REFUSED}
     while True:  # each error hides the errors after it
         try:
             load_config(None, left, REQUIRED)
-            return known, faults
+            break
         except InputError as error:
             faults.append(error)
             if error.field not in left:
-                return known, faults
-            del left[error.field]
+                break
+            left = {name: value for name, value in left.items() if name != error.field}
+    known |= renamed(left)
+    return {name: _plain(value) for name, value in known.items() if name in fields}, faults
 
 
 def _check_references(text: str) -> None:

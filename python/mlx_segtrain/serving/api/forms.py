@@ -99,10 +99,13 @@ class CopyRequest(PlanRequest):
     """A training run to show as a command, a YAML file and a Python program."""
 
 
-class EvaluateRequest(RunRequest):
-    """A model, data, and the settings that affect the loss. If adapter_path is omitted, the base
-    model is evaluated."""
+class EvaluateRequest(
+    _fields(["model_dir", "data_dir", *(x for x in affecting("loss") if x not in REFUSED)])
+):
+    """A model, data, and the settings that affect the loss, which are also the flags of the command
+    `eval`. If adapter_path is omitted, the base model is evaluated."""
 
+    adapter_path: str | None = None
     split: Literal["valid", "train"] = "valid"
     with_base: bool = Field(
         False,
@@ -277,6 +280,14 @@ class Push(Closed):
     job_id: str | None = None
     source_path: str | None = None
     private: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Push":
+        if (self.job_id is None) == (self.source_path is None):
+            raise ValueError(
+                "set either source_path, or job_id to the id of a job that wrote a folder"
+            )
+        return self
 
 
 class Pushed(Answer):

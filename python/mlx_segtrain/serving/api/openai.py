@@ -14,7 +14,7 @@ from sse_starlette import EventSourceResponse
 
 from ...errors import InputError, RunError, shown
 from ..generation.engine import Busy, Engine
-from ..generation.mounting import Base, Selected
+from ..generation.mounting import Base, Selected, names_base
 from ..service import Service
 from . import openai_forms as forms
 from .answers import Answers, Delta
@@ -22,7 +22,7 @@ from .bodies import Json, JsonRoute
 from .dependencies import Used
 from .faults import error_answer, openai_error
 from .guard import PATIENCE_S
-from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
+from .openai_forms import ChatRequest, CompletionRequest, Generate
 
 
 class Unserved(InputError):
@@ -282,14 +282,11 @@ async def list_available(service: Used) -> Any:
 
 @router.post("/v1/adapters", responses=_errors(400, 403, 413, 429, 503), tags=["adapters"])
 async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
-    """Mounts an adapter. If an adapter is already mounted under this id, that adapter is kept, and
-    `path` is ignored."""
+    """Mounts an adapter. If an adapter is already mounted under this id, that adapter is kept.
+    It is read again if `path` is its folder and its files have changed."""
     _base(service)
-    mounted = service.engine.adapters.get(body.id)
-    if mounted is None:
-        path = await asyncio.to_thread(service.roots.resolve, body.path)
-        mounted = await service.engine.mount(body.id, path)
-    return forms.MountAnswer(**vars(mounted))
+    path = await asyncio.to_thread(service.roots.resolve, body.path)
+    return forms.MountAnswer(**vars(await service.engine.mount(body.id, path)))
 
 
 @router.delete("/v1/adapters/{id:path}", responses=_errors(404, 429), tags=["adapters"])

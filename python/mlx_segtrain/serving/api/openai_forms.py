@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...fields import fault_of_variables
 from ...generation.decoding import Options
 from ..generation.grammars import Grammar, Grammars
-from ..generation.mounting import Base, Selected
+from ..generation.mounting import Selected
 from . import openai_tools as tools_of
 from .openai_fields import (
     IN_CHAT,
@@ -718,10 +718,3 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             turn["tool_call_id"] = message.tool_call_id
         turns.append(turn)
     return turns
-
-
-def names_base(base: Base, model: str | None) -> bool:
-    """Returns whether a request's `model` names the base model."""
-    if model is None or model == str(base.path):
-        return True
-    return model.lower() in (base.id.lower(), base.id.rsplit("/", 1)[-1].lower(), "default")

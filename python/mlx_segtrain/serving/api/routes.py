@@ -225,10 +225,7 @@ async def push(body: forms.Push, service: Used) -> forms.Pushed:
     if body.job_id is not None:
         source = service.jobs.get(body.job_id).output_path
     if source is None:
-        raise InputError(
-            "there is nothing to push: set source_path, or set job_id to the id of a job that "
-            "wrote a folder."
-        )
+        raise InputError(f"{body.job_id} wrote no folder: choose a job that did.")
     if not service.has_hf_token:
         raise InputError("there is no hub token: POST one to /api/settings/hf-token.")
     row = service.enqueue("push", repo_id=body.repo_id, source=source, private=body.private)
@@ -255,19 +252,18 @@ async def end_sessions(service: Used) -> forms.Answer:
     return forms.Answer()
 
 
-@router.get("/api/jobs", tags=["jobs"], responses=problems(404))
+@router.get("/api/jobs", tags=["jobs"])
 async def list_jobs(
     service: Used,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     before: Annotated[
-        str | None, Query(description="Only jobs older than the job with this id are listed.")
+        int | None, Query(ge=0, lt=1 << 63, description="The value of `next` in the previous page.")
     ] = None,
 ) -> forms.JobsAnswer:
     """Lists jobs without their configurations, newest first."""
-    place = None if before is None else service.jobs.get(before).place
-    rows = service.jobs.store.newest(limit, kind, place)
-    more = rows[-1].id if len(rows) == limit else None
+    rows = service.jobs.store.newest(limit, kind, before)
+    more = str(rows[-1].place) if len(rows) == limit else None
     return forms.JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
 
 

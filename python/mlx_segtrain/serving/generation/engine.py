@@ -37,7 +37,16 @@ from ...training.policy import wire
 from ..confined.parent import Confined
 from ..pools import Busy, Pool
 from .metrics import Metrics
-from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted
+from .mounting import (
+    Base,
+    Linears,
+    Mounted,
+    Selected,
+    check_id,
+    read_base,
+    read_mounted,
+    state_of,
+)
 from .pieces import Generation
 from .requests import Request
 
@@ -155,11 +164,12 @@ class Engine:
             raise
 
     async def mount(self, id: str, path: Path) -> Mounted:
-        """Mounts an adapter. If an adapter is already mounted under this id, returns that adapter.
+        """Mounts an adapter. If an adapter is already mounted under this id, returns that adapter,
+        after reading it again if it has the same path and its files have changed.
 
         Raises InputError if the id or the folder cannot be used.
         """
-        check_id(id)
+        check_id(id, self.base)
         return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
@@ -601,17 +611,23 @@ class Engine:
         return base
 
     def _mount(self, id: str, path: Path) -> Mounted:
-        if id in self.adapters:
-            return self.adapters[id]
+        old, others = self.adapters.get(id), {k: x for k, x in self.adapters.items() if k != id}
+        if old is not None and (old.path != path or old.state == state_of(path)):
+            return old
         if self.base is None:
             raise InputError("no model is loaded: load one before you mount an adapter.")
-        if len(self.adapters) >= MOST_MOUNTED:
+        if len(others) >= MOST_MOUNTED:
             raise InputError(
                 f"{MOST_MOUNTED} adapters are already mounted, which is the limit: unmount some."
             )
-        held = sum(own.size_bytes for own in self.adapters.values())
+        held = sum(own.size_bytes for own in others.values())
         mounted = read_mounted(id, path, self.base, MOST_MOUNTED_BYTES - held)
         self.adapters = {**self.adapters, id: mounted}
+        if old is not None:
+            self._linears.forget(old, self.base)
+            self._rows.forget()
+            del old
+            _free()
         return mounted
 
     def _unmount(self, id: str) -> int:

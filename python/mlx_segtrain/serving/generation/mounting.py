@@ -7,6 +7,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,7 @@ from ...adapters.writing import common_scale
 from ...data import Prompting
 from ...errors import InputError
 from ...hub import title
-from ...lora.folder import open_folder
+from ...lora.folder import CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS, open_folder
 from ...models import Chain, chain_of, load_base
 from ...models.tables import tables_of
 from ..confined.parent import Confined, Limits
@@ -104,6 +105,7 @@ class Mounted:
     mounted_layers: int
     adapter: lora.Adapter
     prompting: Prompting  #: how prompts were rendered in training
+    state: tuple[Any, ...]  #: the state of its files when they were read (state_of)
     #: A number that is never used for another adapter.
     serial: int = field(default_factory=count().__next__, init=False)
 
@@ -166,15 +168,41 @@ class Selected:
 RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
 
 
-def check_id(id: str) -> None:
-    """Raises InputError if `id` cannot be the id of an adapter."""
+#: Maximum length of an adapter's id, in characters.
+LONGEST_ID = 200
+
+
+def names_base(base: Base, model: str | None) -> bool:
+    """Returns whether a request's `model` names the base model."""
+    if model is None or model == str(base.path):
+        return True
+    return model.lower() in (base.id.lower(), base.id.rsplit("/", 1)[-1].lower(), "default")
+
+
+def check_id(id: str, base: Base | None) -> None:
+    """Raises InputError if `id` cannot be the id of an adapter of this base model."""
     if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
         raise InputError(f"id: {id!r} is not a valid adapter id: choose another id.")
-    if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
+    if not all(map(_fits_id, id)) or len(id) > LONGEST_ID:
         raise InputError(
-            f"id: {id[:200]!r} is not a valid adapter id: leave out '+', ',', '/' and control "
-            "characters, and use at most 200 characters."
+            f"id: {id[:LONGEST_ID]!r} is not a valid adapter id: leave out '+', ',', '/' and "
+            f"control characters, and use at most {LONGEST_ID} characters."
         )
+    if base is not None and names_base(base, id):
+        raise InputError(f"id: {id!r} is a name of the base model: choose another id.")
+
+
+def id_of(path: Path, base: Base) -> str:
+    """Returns a valid id for an adapter, which is the name of its folder if that is valid."""
+    chars = (char if _fits_id(char) else "-" for char in path.name)
+    id = "".join(chars)[:LONGEST_ID].strip()
+    while not id.strip(".") or id.lower() in RESERVED or names_base(base, id):
+        id = f"adapter-{id}"
+    return id
+
+
+def _fits_id(char: str) -> bool:
+    return char.isprintable() and char not in "+,/"
 
 
 def _too_long(n: int, most: int, id: str) -> InputError:
@@ -216,10 +244,20 @@ def read_base(path: Path, confined: Confined) -> Base:
     )
 
 
+def state_of(path: Path) -> tuple[Any, ...]:
+    """Returns values that change if the files of an adapter are written or replaced."""
+    found = []
+    for name in (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG):
+        with suppress(OSError):
+            facts = (path / name).stat()
+            found.append((name, facts.st_ino, facts.st_mtime_ns, facts.st_size))
+    return tuple(found)
+
+
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
     """Loads an adapter. Raises InputError if it does not fit the base model, or needs more than
     `most` bytes."""
-    folder = open_folder(path)
+    state, folder = state_of(path), open_folder(path)  # the state is older than what is read
     needed = stored_bytes(folder)  # from the header, since a sparse file takes less space on disk
     if most is not None and needed > most:
         raise InputError(
@@ -238,6 +276,7 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
         mounted_layers=len(adapter.tensors),
         adapter=adapter,
         prompting=prompting_of(path),
+        state=state,
     )
 
 

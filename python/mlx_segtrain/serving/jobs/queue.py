@@ -47,6 +47,9 @@ KILLED_AFTER_S = 10.0
 #: The states of a cancelled job: its process has not received a signal yet (ASKED), or it has
 #: received one (SIGNALLED). A second signal would end the process immediately.
 ASKED, SIGNALLED = 1, 2
+#: The values of Row.opened: the output folder contains the job's run (OPENED), or another job's run
+#: has replaced it (REPLACED).
+OPENED, REPLACED = 1, 2
 
 
 class Conflict(InputError):
@@ -188,9 +191,14 @@ class Jobs:
         row = self.get(id)
         if row.status not in ("failed", "cancelled"):
             raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
+        if row.opened == REPLACED:
+            raise Conflict(
+                f"{row.output_path} now contains the run of another job: start a new run in "
+                "another folder."
+            )
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = row.values
-        if row.opened:  # otherwise, a run in the folder belongs to another job
+        if row.opened == OPENED:  # otherwise, a run in the folder belongs to another job
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
@@ -353,7 +361,7 @@ class Jobs:
             if isinstance(progress, int | float) and 0 <= progress <= 1:  # false for NaN
                 news["progress"] = float(progress)
             if event.get("stage") == "train":
-                news["opened"] = 1
+                news["opened"] = OPENED
             if "ranks" in event:
                 with suppress(ValidationError):  # not our event: a library printed the line
                     news["ranks_json"] = Figures.model_validate(event).model_dump_json()
@@ -364,6 +372,8 @@ class Jobs:
             news.pop("message", None)
             if row.cancelling == ASKED:
                 self._interrupt(id)
+        if "opened" in news and row.output_path is not None:
+            self.store.replace_others(row, REPLACED)
         if news:
             self.store.update(id, **news)
         live.tell()

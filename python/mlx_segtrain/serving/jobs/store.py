@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     ended_at TEXT,
     begins INTEGER NOT NULL DEFAULT 0,   -- the offset of the current attempt's events in the log
     cancelling INTEGER NOT NULL DEFAULT 0,
-    opened INTEGER NOT NULL DEFAULT 0    -- whether it has started to write to output_path
+    opened INTEGER NOT NULL DEFAULT 0    -- whether output_path contains its run (queue.OPENED)
 )
 """
 #: Columns that tables of earlier versions lack.
@@ -105,6 +105,13 @@ class Store:
         """Sets the given columns of a job."""
         names = ", ".join(f"{name} = ?" for name in values)
         self.connection.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), id))
+
+    def replace_others(self, row: Row, opened: int) -> None:
+        """Sets the column `opened` of all other jobs with the same output folder."""
+        self.connection.execute(
+            "UPDATE jobs SET opened = ? WHERE output_path = ? AND id != ?",
+            (opened, row.output_path, row.id),
+        )
 
     def remove(self, id: str) -> None:
         self.connection.execute("DELETE FROM jobs WHERE id = ?", (id,))
