@@ -510,7 +510,6 @@ def test_adapter_routes(folder, said, tmp_path):
             ({"id": "Default", "path": "a"}, 400, "is a name of the base model"),
             ({"id": "org-model", "path": "a"}, 400, "is a name of the base model"),
             ({"id": "x"}, 400, "path"),
-            ({"path": "a"}, 400, "id"),
             ({"id": 1, "path": "a"}, 400, "id"),
         ]:
             check(http.post("/v1/adapters", json=body), status, says)
@@ -550,6 +549,26 @@ def test_files_that_have_changed_are_read_again(folder, said):
                 assert server.engine.adapters["x"] is mounted
         assert list(server.engine.adapters) == ["x"] and server.engine.default == "x"
     shutil.rmtree(out)
+
+
+def test_the_server_chooses_an_id(folder, said):
+    """Names that are reserved, taken or the base's are not used, and a mounted adapter keeps its
+    id."""
+    with serving(folder, said.model) as server:
+        for name, id in (
+            ("stack", "adapter-stack"),
+            (f"in/{said.model.name}", None),
+            ("in/a", "a-2"),
+        ):
+            out = folder / "named" / name
+            shutil.copytree(folder / "b", out)
+            server.http.post("/v1/adapters", json={"id": "a", "path": "a"})
+            for _ in range(2):
+                answer = server.http.post("/v1/adapters", json={"path": f"named/{name}"}).json()
+                assert answer["id"] == (id or f"adapter-{said.model.name}")
+            content = ask(server, answer["id"]).choices[0].message.content
+            assert content == said(chat_tokens(said), "b", 16)
+    shutil.rmtree(folder / "named")
 
 
 def test_unmounting_under_a_stream(folder, said):

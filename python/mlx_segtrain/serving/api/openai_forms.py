@@ -504,9 +504,10 @@ class CompletionRequest(Generate):
 
 
 class MountRequest(BaseModel, strict=True, extra="forbid"):
-    """An adapter's folder, and the id by which requests refer to the adapter."""
+    """An adapter's folder, and the id by which requests refer to the adapter. If the id is omitted,
+    the server chooses it from the name of the folder."""
 
-    id: str
+    id: str | None = None
     path: str
 
 

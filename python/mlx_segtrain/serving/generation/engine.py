@@ -43,6 +43,7 @@ from .mounting import (
     Mounted,
     Selected,
     check_id,
+    id_of,
     read_base,
     read_mounted,
     state_of,
@@ -163,13 +164,15 @@ class Engine:
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
-    async def mount(self, id: str, path: Path) -> Mounted:
+    async def mount(self, id: str | None, path: Path) -> Mounted:
         """Mounts an adapter. If an adapter is already mounted under this id, returns that adapter,
-        after reading it again if it has the same path and its files have changed.
+        after reading it again if it has the same path and its files have changed. If `id` is None,
+        an adapter that is mounted keeps its id; otherwise, the folder's name determines the id.
 
         Raises InputError if the id or the folder cannot be used.
         """
-        check_id(id, self.base)
+        if id is not None:
+            check_id(id, self.base)
         return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
@@ -610,12 +613,15 @@ class Engine:
         _free()
         return base
 
-    def _mount(self, id: str, path: Path) -> Mounted:
+    def _mount(self, id: str | None, path: Path) -> Mounted:
+        if self.base is None:
+            raise InputError("no model is loaded: load one before you mount an adapter.")
+        if id is None:
+            ids = [own.id for own in self.adapters.values() if own.path == path]
+            id = ids[0] if ids else id_of(path, self.base, self.adapters)
         old, others = self.adapters.get(id), {k: x for k, x in self.adapters.items() if k != id}
         if old is not None and (old.path != path or old.state == state_of(path)):
             return old
-        if self.base is None:
-            raise InputError("no model is loaded: load one before you mount an adapter.")
         if len(others) >= MOST_MOUNTED:
             raise InputError(
                 f"{MOST_MOUNTED} adapters are already mounted, which is the limit: unmount some."

@@ -6,7 +6,7 @@ Functions that create arrays must be called on the engine's thread.
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -192,13 +192,15 @@ def check_id(id: str, base: Base | None) -> None:
         raise InputError(f"id: {id!r} is a name of the base model: choose another id.")
 
 
-def id_of(path: Path, base: Base) -> str:
-    """Returns a valid id for an adapter, which is the name of its folder if that is valid."""
+def id_of(path: Path, base: Base, taken: Container[str] = ()) -> str:
+    """Returns a valid id for an adapter that is not in `taken`. The id is the name of the adapter's
+    folder if possible."""
     chars = (char if _fits_id(char) else "-" for char in path.name)
-    id = "".join(chars)[:LONGEST_ID].strip()
-    while not id.strip(".") or id.lower() in RESERVED or names_base(base, id):
-        id = f"adapter-{id}"
-    return id
+    name = "".join(chars)[: LONGEST_ID - 20].strip()
+    while not name.strip(".") or name.lower() in RESERVED or names_base(base, name):
+        name = f"adapter-{name}"
+    ids = (name if n == 1 else f"{name}-{n}" for n in count(1))
+    return next(id for id in ids if id not in taken and not names_base(base, id))
 
 
 def _fits_id(char: str) -> bool:

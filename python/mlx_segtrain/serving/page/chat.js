@@ -23,16 +23,9 @@ const SAMPLING = [
   ["seed", "Seed", "", "The same seed gives the same answer."],
 ];
 
-// Returns the id of the adapter in a folder, and mounts it if necessary.
+// Mounts the adapter in a folder, unless it is mounted and its files have not changed, and returns its id.
 async function mounted(path) {
-  if (path === BASE) return BASE;
-  const { adapters } = await api("/v1/adapters");
-  const taken = adapters.map((own) => own.id);
-  const name = tail(path).replace(/[^\p{L}\p{N}._-]/gu, "-").slice(0, 100) || "adapter";
-  let [id, n] = [name, 1];
-  while (taken.includes(id) || id.toLowerCase() === BASE) id = `${name}-${++n}`;
-  const own = adapters.find((own) => own.path === path);
-  return (own ?? (await api("/v1/adapters", { id, path }))).id;
+  return path === BASE ? BASE : (await api("/v1/adapters", { path })).id;
 }
 
 const titleOf = (side) => (side === BASE ? "Base" : tail(side));

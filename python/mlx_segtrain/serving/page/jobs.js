@@ -2,11 +2,11 @@
 
 import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, swatch } from "./charts.js";
-import { badge, button, card, empty, field, h, input, link, meter, notice, show, table } from "./dom.js";
+import { attempt, badge, button, card, empty, field, h, input, link, meter, show, table } from "./dom.js";
 import { standardOf } from "./fields.js";
 import { broken, ended, inShort, judged } from "./results.js";
 import { Run } from "./runs.js";
-import { ago, count, fixed, gb, percent, save, sentence, tail, took } from "./text.js";
+import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
 
 // The number of jobs per page, and the maximum number of runs in a comparison.
 const LISTED = 100;
@@ -48,7 +48,7 @@ export default async function jobsPage(main) {
   const find = input("name, tag, status or id", { type: "search", oninput: filter });
   const list = h("div.scroll", { tabindex: 0, role: "region", "aria-label": "List of jobs" });
   const none = h("p.empty", { hidden: true }, "No job contains all of these words.");
-  const more = button("Older jobs", showOlder);
+  const more = button("Older jobs", () => attempt(problem, showOlder));
   const problem = h("div", { role: "alert" });
   find.value = given.get("find") ?? "";
   main.append(h("h1", "Jobs"), comparison,
@@ -64,15 +64,10 @@ export default async function jobsPage(main) {
   }
 
   async function showOlder() {
-    try {
-      const found = await api(`/api/jobs?limit=${LISTED}&before=${next}`);
-      older = [...older, ...found.jobs];
-      next = found.next;
-      show(problem);
-      showList();
-    } catch (error) {
-      show(problem, notice(sentence(error.message), "bad"));
-    }
+    const found = await api(`/api/jobs?limit=${LISTED}&before=${next}`);
+    older = [...older, ...found.jobs];
+    next = found.next;
+    showList();
   }
 
   const all = () => [...rows, ...older.filter((own) => !rows.some((row) => row.id === own.id))];
