@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -83,6 +84,21 @@ def test_a_system_message_and_a_new_conversation(llama4, adapters, monkeypatch, 
     plain = answer(llama4, None, [user(ask)])
     note = "started a new conversation"
     assert out.split("lists commands\n", 1)[1] == f"{brief}\n{note}\n{brief}\n{note}\n{plain}\n"
+
+
+def test_a_message_that_the_template_refuses(llama4, monkeypatch, capsys, tmp_path):
+    """The chat continues without the message."""
+    model = shutil.copytree(llama4, tmp_path / "m")
+    template = model / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    typed = ["Count.", "/system be brief", "Count more.", "/system", "Count."]
+    plain = told(monkeypatch, capsys, model, ["Count."]).split("lists commands\n", 1)[1]
+    said = told(monkeypatch, capsys, model, typed).split("lists commands\n", 1)[1]
+    assert "the chat template cannot render these messages (TemplateError: No system).\n" in said
+    assert said.startswith(plain) and said.endswith(plain)
+    argv = ["generate", "--model", str(model), "--prompt", "a", "--system", "b"]
+    assert cli.main(argv) == 2 and "TemplateError: No system" in capsys.readouterr().err
 
 
 def test_commands_that_cannot_be_obeyed_say_so(llama4, monkeypatch, capsys):

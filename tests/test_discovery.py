@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,8 +102,21 @@ def test_curves(root, tmp_path):
     points = curves.points(curves.metrics(log))
     assert [step for step, _ in points["train"]] == [1, 2, 3, 4]
     assert [step for step, _ in points["val"]] == [0, 2, 4]
+    line = json.dumps({"type": "sample", "prompt": "a\u2028b\x85c"}, ensure_ascii=False)
+    log.write_text(f"{line}\n{log.read_text()}", encoding="utf-8")
+    assert curves.points(curves.metrics(log)) == points
     (tmp_path / "metrics.jsonl").write_text("")
     curves.draw(log, "nothing yet")
+
+
+def test_a_relative_base_is_recorded_with_its_folder(llama_mixed, data, tmp_path, monkeypatch):
+    """Commands in the card work in every folder."""
+    shutil.copytree(llama_mixed, tmp_path / "my models" / "m")
+    monkeypatch.chdir(tmp_path)
+    train(config_of(Path("my models/m"), data, tmp_path / "a", iters=1))
+    text = (tmp_path / "a" / "README.md").read_text()
+    base = tmp_path / "my models" / "m"
+    assert f"base_model: {base}\n" in text and f"generate --model '{base}' --adapter-path ." in text
 
 
 def test_the_commands(root, llama_mixed, data, tmp_path):

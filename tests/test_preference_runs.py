@@ -10,6 +10,7 @@ import sys
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 
 from lib.folders import write_pairs
@@ -250,6 +251,7 @@ def test_answers_and_scores_at_every_evaluation(llama4, data, tmp_path):
         ("false", "eval_command failed with exit code 1"),
         ("echo nothing", "the last line that eval_command printed is neither a number nor"),
         ("echo NaN", "the last line that eval_command printed is neither a number nor"),
+        ("printf '\\351'", "the last line that eval_command printed is neither a number nor"),
     ],
 )
 def test_a_score_that_fails_is_told_and_ends_nothing(command, says, llama4, data, tmp_path):
@@ -264,6 +266,22 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
     config = config_of(llama4, data, tmp_path / "a", eval_command="no-such-program {adapter}")
     with pytest.raises(InputError, match=r"eval_command cannot be started \(no-such-program"):
         train(config)
+    config = config_of(llama4, data, tmp_path / "b", eval_command="echo it's")
+    with pytest.raises(InputError, match=r"eval_command: .* is not a valid command line"):
+        train(config)
+
+
+def test_callbacks_may_return_numbers_of_numpy(llama4, data, tmp_path):
+    seen = []
+    found = train(
+        config_of(llama4, data, tmp_path / "a", iters=4, steps_per_report=1),
+        seen.append,
+        on_step=lambda event: np.float64(event["step"]) >= 2,
+        score=lambda model, tokenizer: {"a": np.float32(0.5), "b": np.int64(3)},
+    )
+    assert (found.steps, found.stopped_early) == (2, True)
+    scores = [event["scores"] for event in seen if event.get("kind") == "score"]
+    assert scores and all(own == {"a": 0.5, "b": 3.0} for own in scores)
 
 
 def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatch):

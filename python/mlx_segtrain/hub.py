@@ -126,9 +126,11 @@ def title(path: str | Path) -> str:
 
 def name_of(path: str | Path) -> str:
     """Returns a name that is valid on other machines if possible: org/name for a folder from the
-    hub, otherwise the path."""
+    hub, otherwise the absolute path of a folder on this machine."""
     own = origin(path)
-    return str(path) if own is None else own.id
+    if own is not None:
+        return own.id
+    return str(Path(path).absolute() if Path(path).exists() else path)
 
 
 def _nobody(event: events.Event) -> None:

@@ -104,13 +104,14 @@ def is_ours(file: Path) -> bool:
 
 
 def _use(form: str, model: str, prompting: Prompting) -> str:
+    name, model = model, shlex.quote(model)
     flags = "".join(f" {shlex.quote(flag)}" for flag in prompting.flags)
     mlx = f'python -m mlx_lm generate --model {model} --adapter-path .{flags} --prompt "…"'
     peft = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("…")  # the model that {model} was made from
+base = AutoModelForCausalLM.from_pretrained("…")  # the model that {name} was made from
 model = PeftModel.from_pretrained(base, "{"." if form == "peft" else "peft"}")
 ```"""
     if form == "gguf":

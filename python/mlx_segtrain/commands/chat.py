@@ -16,6 +16,7 @@ from typing import Any
 from mlx_segtrain.commands import generate
 from mlx_segtrain.commands.flags import Parser, add_flags
 from mlx_segtrain.commands.generate import config_for, prompting_for
+from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import place
 
 #: The name of the model without an adapter.
@@ -108,7 +109,8 @@ class Chat:
         )
 
         self._mount(voice)
-        ids = self._ids(voice)
+        with generate.rendering():
+            ids = self._ids(voice)
         # At least one token must be processed, to compute the logits of the first response token.
         same = generate.shared(voice.ids, ids[:-1])
         surplus = len(voice.ids) - same
@@ -200,7 +202,8 @@ def _chat(args: argparse.Namespace) -> int:
         voices.append(Voice(name, read_adapter(path, chain), prompting_for(path, args, config)))
     chat = Chat(model, tokenizer, voices, args)
     if args.system is not None and chat.voice.prompting.is_raw(tokenizer):
-        chat.voice.prompting.ids(tokenizer, "", args.system)  # raises InputError
+        with generate.rendering():
+            chat.voice.prompting.ids(tokenizer, "", args.system)  # raises InputError
     if not args.quiet:
         print(
             f"{hub.title(config.model_dir)}, answering with {chat.voice.name}; /help lists commands"
@@ -246,4 +249,8 @@ def converse(chat: Chat) -> int:
             chat.turns.append({"role": "user", "content": line})
         else:
             continue
-        chat.answers(say)
+        try:
+            chat.answers(say)
+        except InputError as error:  # for example, the template accepts no system message
+            say(f"{error}\n")
+            chat.turns.pop()

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +23,7 @@ from mlx_segtrain.commands.flags import (
     whole,
 )
 from mlx_segtrain.commands.runs import config_of
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, named_reason
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -163,11 +164,25 @@ def _generate(args: argparse.Namespace) -> int:
     with waiting() as show:
         adapter = hub.adapter(config.adapter_path, show) if "adapter_path" in args else None
         model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
-    prompt = prompting_for(adapter, args, config).ids(tokenizer, text, args.system)
+    with rendering():
+        prompt = prompting_for(adapter, args, config).ids(tokenizer, text, args.system)
     for part in stream(model, tokenizer, prompt, options):
         print(part.text, end="", flush=True)
     print()
     return 0
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """Raises InputError for every exception of a chat template in the context."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a template may raise any exception
+        raise InputError(
+            f"the chat template cannot render these messages ({named_reason(error)})."
+        ) from error
 
 
 def config_for(args: argparse.Namespace) -> TrainConfig:

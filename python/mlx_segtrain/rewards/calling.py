@@ -88,20 +88,23 @@ def takes(function: Callable[..., Any], column: str) -> bool:
     return every or column in parameters
 
 
-def by_command(command: str) -> Callable[..., list[float]]:
-    """Returns a reward that runs a command. The command reads the completions as JSON lines and
-    must print one score per line."""
+def words_of(command: str, field: str) -> list[str]:
+    """Splits the command line in a field of the configuration into words. Raises InputError."""
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise InputError(
-            f"reward_command: {shown(command, 80)} is not a valid command line ({error}).",
-            field="reward_command",
+            f"{field}: {shown(command, 80)} is not a valid command line ({error}).", field=field
         ) from None
     if not words:
-        raise InputError(
-            "reward_command is empty: set it to a command line.", field="reward_command"
-        )
+        raise InputError(f"{field} is empty: set it to a command line.", field=field)
+    return words
+
+
+def by_command(command: str) -> Callable[..., list[float]]:
+    """Returns a reward that runs a command. The command reads the completions as JSON lines and
+    must print one score per line."""
+    words = words_of(command, "reward_command")
 
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         lines = []

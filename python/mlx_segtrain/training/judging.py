@@ -2,10 +2,10 @@
 
 import json
 import math
-import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..adapters import About, write_adapter
 from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
+from ..rewards.calling import words_of
 
 #: A function that is called with two arguments: the model, with the adapter attached, and the
 #: tokenizer. It returns a number, or several numbers keyed by name.
@@ -26,7 +27,8 @@ def numbers(found: Any) -> dict[str, float]:
     result has any other form."""
     named = found if isinstance(found, Mapping) else {"score": found}
     for name, x in named.items():
-        if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        # NumPy's numbers are also instances of Real.
+        if isinstance(x, bool) or not isinstance(x, Real) or not math.isfinite(float(x)):
             raise ValueError(f"a score must be a finite number; '{name}' is {x!r}")
     return {str(name): float(x) for name, x in named.items()}
 
@@ -36,14 +38,17 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
     the reason instead of raising an error, because a failure must not end the run. Raises
     InputError if the command cannot be started."""
     assert config.eval_command is not None
+    words = words_of(config.eval_command, "eval_command")
     with tempfile.TemporaryDirectory() as folder:
         try:
             write_adapter(Path(folder), adapter, About.of(config))
         except OSError as error:
             return f"cannot write the adapter to {folder}: {error.strerror or error}"
-        command = [x.replace("{adapter}", folder) for x in shlex.split(config.eval_command)]
+        command = [word.replace("{adapter}", folder) for word in words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", check=False
+            )
         except OSError as error:
             said = f"eval_command cannot be started ({command[0]}: {error.strerror})."
             raise InputError(said) from error

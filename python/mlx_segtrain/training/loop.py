@@ -307,7 +307,8 @@ class Run:
         return memory.measure(step)
 
     def _ask(self, callback: Callback, event: events.Event) -> None:
-        self.wants_to_stop |= callback(event) is True
+        found = callback(event)
+        self.wants_to_stop |= isinstance(found, bool | np.bool_) and bool(found)
         if self.ranks.size == 1:
             self.asked_to_stop = self.wants_to_stop
 
