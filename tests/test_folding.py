@@ -160,6 +160,23 @@ def test_a_dense_fold_loads_in_transformers(tied, hf, tmp_path):
     assert_close("transformers", theirs, logits(model, folder), 1e-4)
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_dtype_is_that_of_all_tensors(bits, tmp_path):
+    """Other programs load the model in the dtype that its config.json names."""
+    model = write_llama(tmp_path / "model", bits=bits)
+    for file in model.glob("*.safetensors"):
+        half = {
+            k: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x
+            for k, x in mx.load(str(file)).items()
+        }
+        mx.save_safetensors(str(file), half, {"format": "mlx"})
+    folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj")))
+    fold(weighted([folder]), model, tmp_path / "out", dequantize=True, dtype=mx.float16)
+    assert {x.dtype for x in tensors_of(tmp_path / "out").values()} == {mx.float16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float16"
+
+
 def test_a_tied_embedding_is_folded_for_both(llama4, tmp_path):
     adapter = random_adapter(llama4, {"model.embed_tokens": 4})
     folder = written(tmp_path / "a", adapter)

@@ -82,10 +82,11 @@ def fold(
     mlx-lm can load.
 
     Quantized layers are quantized again, either with their previous settings or with `bits` bits
-    per weight. With `dequantize`, the whole model is dequantized to `dtype`; the default is the
-    dtype in which the base model computes. Tensors that the merge does not change are bit-identical
-    to those of the base model. Only one weight file is in memory at a time. Raises InputError if
-    the adapter does not fit the base model.
+    per weight. With `dequantize`, the whole model is dequantized to the dtype in which the base
+    model computes or, if `dtype` is given, all of its tensors are converted to this dtype.
+    Otherwise, tensors that the merge does not change are bit-identical to those of the base model.
+    Only one weight file is in memory at a time. Raises InputError if the adapter does not fit the
+    base model.
     """
     if dequantize and bits is not None:
         raise InputError("--dequantize and --bits contradict each other: use only one of them.")
@@ -123,11 +124,15 @@ def fold(
                 module = {"weight": dense, **_bias(module)}
             else:
                 untouched += len(module)
+            if dtype is not None:
+                module = {name: _cast(x, dtype) for name, x in module.items()}
             writer.add({f"{path}.{name}" if path else name: x for name, x in module.items()})
         size = writer.close()
         if dequantize:
             for key in ("quantization", "quantization_config"):
                 config.pop(key, None)
+        if dtype is not None:
+            _set_dtype(config, dtype)
         for file in sorted(base.folder.iterdir()):
             other = file.name in ("config.json", "README.md") or file.name.endswith(NOT_COPIED)
             if file.is_file() and not other:
@@ -260,6 +265,19 @@ def _folded(
     error = _norm(after - wanted) / max(size, 1e-15) if size else 0.0
     mx.eval(new)
     return new, Folded(path, bits, size, _norm(before), lost, error)
+
+
+def _cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
+
+
+def _set_dtype(config: dict[str, Any], dtype: mx.Dtype) -> None:
+    """Sets the dtype in which other programs load the model: `torch_dtype`, or `dtype` in newer
+    files."""
+    found = dict.fromkeys(("torch_dtype", "dtype"), str(dtype).removeprefix("mlx.core."))
+    config |= found
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], **found}
 
 
 def _norm(x: mx.array) -> float:
