@@ -129,7 +129,8 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
     done = run("import", tmp_path / "peft", "--out", tmp_path / "back", "--json")
     assert json.loads(done.stdout)["linears"] == 21
     both = [root / "one", tmp_path / "back"]
-    done = run("merge", *both, "--weights", "0.5", "0.5", "--out", tmp_path / "sum")
+    how = ["--model", llama_mixed, "--weights", "0.5", "0.5"]
+    done = run("merge", *both, *how, "--out", tmp_path / "sum")
     assert done.returncode == 0 and "of rank 8, 16" in done.stdout, done.stderr
     done = run("merge", tmp_path / "sum", "--into", llama_mixed, "--out", tmp_path / "m", "--json")
     report = json.loads(done.stdout)
@@ -140,6 +141,9 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
     assert done.returncode == 2 and "already exists" in done.stderr
     done = run("merge", root / "one", "--bits", "4", "--out", tmp_path / "x")
     assert done.returncode == 2 and "no effect without --into MODEL" in done.stderr
+    into = ["--into", llama_mixed, "--model", llama_mixed, "--out", tmp_path / "x"]
+    done = run("merge", root / "one", *into)
+    assert done.returncode == 2 and "--model has no effect with --into" in done.stderr
     done = run("merge", root / "broken", "--out", tmp_path / "x")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 

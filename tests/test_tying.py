@@ -111,6 +111,7 @@ def readers(base, data, tmp_path):
             folder, tmp_path / "out", "mlx-lm", model_dir=base
         ),
         "export to PEFT": lambda folder: export(folder, tmp_path / "out", "peft", model_dir=base),
+        "merge": lambda folder: merge([folder], tmp_path / "out", model_dir=base),
         "merge into": lambda folder: fold(
             weighted([folder], model_dir=base), base, tmp_path / "out"
         ),

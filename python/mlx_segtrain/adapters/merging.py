@@ -70,9 +70,15 @@ def weighted(
     return merged([read_stored(path, model_dir=model_dir) for path in paths], chosen)
 
 
-def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Converted:
-    """Writes the weighted sum of several adapters in our format. By default, all weights are 1."""
-    adapter = weighted(paths, weights)
+def merge(
+    paths: Sequence[Path],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    model_dir: Path | None = None,
+) -> Converted:
+    """Writes the weighted sum of several adapters in our format. By default, all weights are 1.
+    `model_dir` is used as in `weighted`."""
+    adapter = weighted(paths, weights, model_dir)
     chosen = [1.0] * len(paths) if weights is None else weights
     abouts = [about_of(path) for path in paths]
     if len({Path(about.model).name for about in abouts if about.model}) > 1:

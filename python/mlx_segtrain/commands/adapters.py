@@ -76,6 +76,11 @@ def add_commands(command: Callable[..., Any]) -> None:
         metavar="MODEL",
         help="base model to merge the adapters into. By default, the result is an adapter.",
     )
+    _model(
+        added,
+        "without --into: base model of the adapters. Default: the model named in their files, if "
+        "that model is on this machine.",
+    )
     added.add_argument(
         "--dequantize", action="store_true", help="with --into: write an unquantized model"
     )
@@ -143,7 +148,7 @@ def _base(args: argparse.Namespace) -> Path | None:
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
     text = f"output directory for {what}; must not exist yet"
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help=text)
+    parser.add_argument("--out", type=place, metavar="DIR", required=True, help=text)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -187,7 +192,9 @@ def _merge(args: argparse.Namespace) -> int:
     if args.into is None:
         from mlx_segtrain.adapters.merging import merge
 
-        return _answer(merge(adapters, args.out, args.weights), args)
+        return _answer(merge(adapters, args.out, args.weights, _base(args)), args)
+    if args.model_dir is not None:
+        raise InputError("--model has no effect with --into, which names the model: leave it out")
     from mlx_segtrain import events
     from mlx_segtrain.adapters.conversion import DTYPES
     from mlx_segtrain.adapters.folding import fold
