@@ -266,6 +266,8 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
     config = config_of(llama4, data, tmp_path / "a", eval_command="no-such-program {adapter}")
     with pytest.raises(InputError, match=r"eval_command cannot be started \(no-such-program"):
         train(config)
+    with pytest.raises(InputError, match="a run that saved no checkpoint: choose another folder"):
+        train(config.model_copy(update={"eval_command": None}))
     config = config_of(llama4, data, tmp_path / "b", eval_command="echo it's")
     with pytest.raises(InputError, match=r"eval_command: .* is not a valid command line"):
         train(config)

@@ -87,6 +87,15 @@ def test_the_model_of_a_result_has_the_adapter(trained, llama4):
     assert result.model is result.model
 
 
+def test_an_earlier_adapter_is_not_that_of_a_run_without_steps(llama4, tmp_path):
+    """A run that ends before its first step does not replace the adapter in its folder."""
+    train(model=llama4, data=ROWS, adapter=tmp_path / "a", **HOW)
+    how = {"valid_data": ROWS, "on_eval": lambda metrics: True, "overwrite": True}
+    result = train(model=llama4, data=ROWS, adapter=tmp_path / "a", **{**HOW, **how})
+    tokens = mx.array([[1, 5, 9, 200]])
+    assert result.steps == 0 and mx.array_equal(result.model(tokens), load(llama4)[0](tokens))
+
+
 def test_a_loaded_model_gives_the_same_bytes_and_comes_back_with_the_adapter(llama4, tmp_path):
     train(model=llama4, data=ROWS, adapter=tmp_path / "a", **HOW)
     loaded = load(llama4)

@@ -256,7 +256,9 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
     from .models import chain_of
     from .models.adapting import attach
 
-    if (result.adapter_path / WEIGHTS).exists():  # there is no file if no step was finished
+    if (
+        result.steps and (result.adapter_path / WEIGHTS).exists()
+    ):  # else, it may be an earlier run's
         chain = chain_of(model)
         attach(model, chain, read_adapter(result.adapter_path, chain))
     model.eval()

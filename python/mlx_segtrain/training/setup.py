@@ -127,6 +127,11 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
                 "--resume auto, which starts a new run if there is no checkpoint."
             )
     elif holds_run(path) and not config.overwrite:
+        if not found(path):
+            raise InputError(
+                f"adapter_path {path} contains a run that saved no checkpoint: choose another "
+                "folder, or use --overwrite to replace it."
+            )
         raise InputError(
             f"adapter_path {path} already contains a run: choose another folder, use --resume to "
             "continue it, or --overwrite to replace it."
