@@ -333,28 +333,26 @@ def test_settings_come_from_a_file(user, site, titles, tmp_path):
     ).to_be_visible()
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_settings_of_a_file_are_kept(user, site, tmp_path):
+    """A value may be the default of another method or loss, and a text may have several lines."""
+    page = user.open()
+    own = tmp_path / "mine.yaml"
+    for given in (
         {"method": "dpo", "lr_schedule": "constant", "learning_rate": 2e-4},
         {"method": "grpo", "grpo_loss": "dapo", "mask_truncated": False, "clip_high": 0.2},
         {"method": "grpo", "grpo_loss": "dr_grpo", "advantage_scaling": "group"},
         {"sample_prompts": ["Two\nlines", "  indented"]},
-    ],
-    ids=str,
-)
-def test_settings_of_a_file_are_kept(user, site, tmp_path, given):
-    """A value may be the default of another method or loss, and a text may have several lines."""
-    page = user.open()
-    own = tmp_path / "mine.yaml"
-    given = {"model_dir": str(site.work / "tiny"), **given}
-    own.write_text(yaml.safe_dump(given))
-    page.locator("[type=file][accept*=yaml]").set_input_files(str(own))
-    expect(page.get_by_text("mine.yaml is loaded.")).to_be_visible()
-    page.get_by_role("button", name="YAML", exact=True).click()
-    copied = page.get_by_label("YAML", exact=True)
-    expect(copied).to_be_visible()
-    assert yaml.safe_load(copied.input_value()) == {**given, "adapter_path": "adapters"}
+    ):
+        given = {"model_dir": str(site.work / "tiny"), **given}
+        own.write_text(yaml.safe_dump(given))
+        with page.expect_response("**/api/finetune/read"):
+            page.locator("[type=file][accept*=yaml]").set_input_files(str(own))
+        expect(page.get_by_text("mine.yaml is loaded.")).to_be_visible()
+        with page.expect_response("**/api/finetune/copy"):
+            page.get_by_role("button", name="YAML", exact=True).click()
+        copied = page.get_by_label("YAML", exact=True)
+        expect(copied).to_have_value(re.compile(f"{list(given)[-1]}:"))
+        assert yaml.safe_load(copied.input_value()) == {**given, "adapter_path": "adapters"}
 
 
 def test_a_default_is_that_of_the_other_settings(user, titles):
