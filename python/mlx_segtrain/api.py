@@ -57,7 +57,8 @@ class TrainResult(training.TrainResult):
     def _loaded(self) -> tuple[nn.Module, Any]:
         from .loading import load
 
-        return load(self.config.model_dir, self.adapter_path)
+        # Without a step, an adapter in the folder is that of an earlier run.
+        return load(self.config.model_dir, self.adapter_path if self.steps else None)
 
     @property
     def model(self) -> nn.Module:
@@ -256,9 +257,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
     from .models import chain_of
     from .models.adapting import attach
 
-    if (
-        result.steps and (result.adapter_path / WEIGHTS).exists()
-    ):  # else, it may be an earlier run's
+    if result.steps and (result.adapter_path / WEIGHTS).exists():
         chain = chain_of(model)
         attach(model, chain, read_adapter(result.adapter_path, chain))
     model.eval()
