@@ -202,8 +202,7 @@ def _chat(args: argparse.Namespace) -> int:
         voices.append(Voice(name, read_adapter(path, chain), prompting_for(path, args, config)))
     chat = Chat(model, tokenizer, voices, args)
     if args.system is not None and chat.voice.prompting.is_raw(tokenizer):
-        with generate.rendering():
-            chat.voice.prompting.ids(tokenizer, "", args.system)  # raises InputError
+        chat.voice.prompting.ids(tokenizer, "", args.system)  # raises InputError
     if not args.quiet:
         print(
             f"{hub.title(config.model_dir)}, answering with {chat.voice.name}; /help lists commands"

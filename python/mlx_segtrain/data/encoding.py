@@ -122,10 +122,9 @@ class Encoder:
     """Tokenizes samples.
 
     `has_template` is whether the tokenizer has a chat template, and `raw` is true if plain prompts
-    bypass it. `chats` splits conversations into
-    samples, and `train_on` selects the turns that are in the loss. `responses` does the same, but
-    always puts all assistant turns in the loss. `notes` counts the rows that were read; `bos`
-    contains the tokens that the tokenizer adds before a text.
+    bypass it. `chats` splits conversations into samples, and `train_on` selects the turns that are
+    in the loss. `responses` does the same, but always puts all assistant turns in the loss. `notes`
+    counts the rows that were read; `bos` contains the tokens that the tokenizer adds before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):

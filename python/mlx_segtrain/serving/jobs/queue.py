@@ -372,7 +372,7 @@ class Jobs:
             news.pop("message", None)
             if row.cancelling == ASKED:
                 self._interrupt(id)
-        if "opened" in news and row.output_path is not None:
+        if "opened" in news and row.opened != OPENED and row.output_path is not None:
             self.store.replace_others(row, REPLACED)
         if news:
             self.store.update(id, **news)
