@@ -10,7 +10,8 @@ minicpm5-1b or qwen3-8b), with random 4-bit weights. The cells are:
     segtrain:N    this package with N layers per segment (0 turns segments off)
     segtrain:XGB  the fastest plan that fits in this much memory; segtrain:min is the plan with the
                   least memory, and segtrain:auto uses the device's free memory;
-                  segtrain:auto,bf16 is for a CPU with `matmul_precision: bfloat16`
+                  segtrain:auto,bf16 is for a CPU with `matmul_precision: bfloat16`, and
+                  segtrain:XGB,on-device is without activation offloading
     dpo:…         the same plans for a DPO step on one pair with --length tokens in each sequence;
                   the sequences share the fraction --shared of their tokens, and the rest is the
                   response; the log-probabilities of the reference are not computed
@@ -188,12 +189,12 @@ def batch_of(vocabulary, length, rows, shared=None):
     return Dpo(), pair, BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
 
 
-def plan_of(shape, kind, batch, adapter="lora", repeats=True):
+def plan_of(shape, kind, batch, adapter="lora", repeats=True, offloads=True):
     """Returns the plan for the variant in a cell's name: a number of layers per segment, `min`,
     `auto`, or a budget such as 1.8GB."""
     from mlx_segtrain import planning
 
-    what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats))
+    what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats, offloads=offloads))
     if kind.isdecimal():
         return planning.named(*what, int(kind))
     budget = 0 if kind == "min" else None if kind == "auto" else float(kind.removesuffix("GB"))
@@ -298,9 +299,9 @@ def segtrain(args, variant, shared=None):
     model, vocabulary = load(args.model)
     shape = shape_of(args.model, model)
     objective, batch, of = batch_of(vocabulary, args.length, args.length - prompt(args), shared)
-    name, _, precision = (variant or "auto").partition(",")
-    with ops.repeatable(not args.any_order), ops.bfloat16_products(precision == "bf16"):
-        plan = plan_of(shape, name, of, repeats=not args.any_order)
+    name, _, how = (variant or "auto").partition(",")
+    with ops.repeatable(not args.any_order), ops.bfloat16_products(how == "bf16"):
+        plan = plan_of(shape, name, of, repeats=not args.any_order, offloads=how != "on-device")
         step = training_step(model, shape, plan, objective, batch, of=of)
         resting = mx.get_active_memory()
         first, times = timed(step, args.steps)

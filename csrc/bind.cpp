@@ -29,11 +29,13 @@ NB_MODULE(_core, m) {
   nb::class_<Device>(
       m, "Device",
       "The properties of a device that determine how much memory ops need; see csrc/core/cost.h.")
-      .def(nb::init<std::string, int, int64_t, bool, bool, bool>(), "name"_a, "size"_a, "workspace"_a = 0,
-           nb::kw_only(), "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false)
+      .def(nb::init<std::string, int, int64_t, bool, bool, bool, int64_t>(), "name"_a, "size"_a,
+           "workspace"_a = 0, nb::kw_only(), "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
+           "host"_a = 0)
       .def_ro("name", &Device::name)
       .def_ro("size", &Device::size)
       .def_ro("workspace", &Device::workspace)
+      .def_ro("host", &Device::host)
       .def_prop_ro("gpu", [](const Device& device) { return device.gpu() != Gpu::none; });
   nb::class_<OpCost>(m, "OpCost", "The memory, in bytes, that one call of an op needs; see csrc/core/cost.h.")
       .def_ro("forward", &OpCost::forward)
@@ -71,23 +73,26 @@ NB_MODULE(_core, m) {
       [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
          const std::vector<std::string>& head_reads, const std::vector<int>& segments,
          const std::vector<int>& groups, const std::vector<int>& saves,
-         const std::vector<std::string>& incoming) {
-        return make_plan(stages, inputs, head_reads, {segments, groups, saves}, incoming);
+         const std::vector<std::string>& incoming, int offloaded) {
+        return make_plan(stages, inputs, head_reads, {segments, groups, saves, offloaded}, incoming);
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
-      "incoming"_a = std::vector<std::string>{},
+      "incoming"_a = std::vector<std::string>{}, "offloaded"_a = 0,
       "Returns the plan for a chain. `segments` contains the index after the last stage of each segment, "
       "and `groups` the index after the last segment of each group. `saves` lists the stages that save "
-      "arrays, and `incoming` the inputs that depend on parameters of stages before this chain.");
+      "arrays, and `incoming` the inputs that depend on parameters of stages before this chain. The arrays "
+      "of the first `offloaded` stages are in host memory while they are not needed.");
 
   nb::class_<Cuts>(
       m, "Cuts",
-      "Where a chain is cut: the ends of its segments and groups, and the stages that save arrays.")
-      .def(nb::init<std::vector<int>, std::vector<int>, std::vector<int>>(), "segments"_a, "groups"_a,
-           "saves"_a = std::vector<int>{})
+      "Where a chain is cut: the ends of its segments and groups, the stages that save arrays, and the "
+      "number of stages whose arrays are offloaded.")
+      .def(nb::init<std::vector<int>, std::vector<int>, std::vector<int>, int>(), "segments"_a, "groups"_a,
+           "saves"_a = std::vector<int>{}, "offloaded"_a = 0)
       .def_ro("segments", &Cuts::segments)
       .def_ro("groups", &Cuts::groups)
-      .def_ro("saves", &Cuts::saves);
+      .def_ro("saves", &Cuts::saves)
+      .def_ro("offloaded", &Cuts::offloaded);
   nb::class_<StageCost>(
       m, "StageCost",
       "The memory and the amount of computation of a stage for one batch shape; see csrc/schedule/planner.h.")
@@ -104,10 +109,11 @@ NB_MODULE(_core, m) {
                     "`struct Costs` in csrc/schedule/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
                     std::vector<int64_t>, std::vector<std::string>, std::vector<int>, std::vector<StageCost>,
-                    int64_t, int64_t, double, int64_t, int64_t, double, int>(),
+                    int64_t, int64_t, double, int64_t, int64_t, double, int, int64_t, double>(),
            nb::kw_only(), "stages"_a, "inputs"_a, "head_reads"_a, "input_bytes"_a,
            "incoming"_a = std::vector<std::string>{}, "layers"_a, "costs"_a, "head"_a, "ahead"_a,
-           "head_work"_a, "fixed"_a, "update"_a, "widened"_a, "under_way"_a = 1)
+           "head_work"_a, "fixed"_a, "update"_a, "widened"_a, "under_way"_a = 1,
+           "host"_a = 0, "copied"_a = 0.0)
       .def_ro("stages", &Costs::stages)
       .def_ro("inputs", &Costs::inputs)
       .def_ro("head_reads", &Costs::head_reads)
@@ -119,6 +125,8 @@ NB_MODULE(_core, m) {
       .def_ro("ahead", &Costs::ahead)
       .def_ro("head_work", &Costs::head_work)
       .def_ro("widened", &Costs::widened)
+      .def_ro("host", &Costs::host)
+      .def_ro("copied", &Costs::copied)
       .def_ro("fixed", &Costs::fixed)
       .def_ro("update", &Costs::update);
   nb::class_<Alive>(
@@ -134,7 +142,8 @@ NB_MODULE(_core, m) {
       .def_ro("moves", &Estimate::moves)
       .def_ro("peak", &Estimate::peak)
       .def_ro("work", &Estimate::work)
-      .def_ro("again", &Estimate::again);
+      .def_ro("again", &Estimate::again)
+      .def_ro("host", &Estimate::host);
   m.def("estimate", &estimate, "plan"_a, "costs"_a,
         "Estimates the memory and the amount of computation of a plan.");
   nb::class_<Choice>(m, "Choice", "The cuts of a chain, and the estimate for the resulting plan.")

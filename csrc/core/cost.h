@@ -14,6 +14,7 @@ struct Device {
   bool cudnn = false;       ///< the package includes cuDNN's attention
   bool nax = false;         ///< MLX's attention has kernels for the neural accelerators
   bool repeatable = false;  ///< use only implementations whose results are bit-identical when repeated
+  int64_t host = 0;         ///< bytes of host memory that offloaded arrays may use
 
   Gpu gpu() const;
   mx::Dtype dtype() const { return size == 4 ? mx::float32 : mx::bfloat16; }

@@ -30,4 +30,17 @@ Arrays cuda_launch(const CudaBinary& binary, Arrays inputs, std::vector<mx::Shap
                    std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s,
                    std::shared_ptr<const FixedInputs> fixed = nullptr);
 
+/// Allocates device memory for y.
+void cuda_allocate(mx::array& y, mx::Stream s);
+
+/// Returns the address of x's elements on the device.
+void* cuda_address(const mx::array& x);
+
+/// Adds a copy of `bytes` bytes to MLX's CUDA stream. One of the addresses may be in page-locked host memory.
+void cuda_copy(void* to, const void* from, size_t bytes, mx::Stream s);
+
+/// Returns page-locked host memory, or nullptr if there is none.
+void* cuda_host_memory(size_t bytes);
+void cuda_free_host_memory(void* data);
+
 }  // namespace segtrain

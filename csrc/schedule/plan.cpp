@@ -30,7 +30,7 @@ std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) 
 }
 
 void add_unique(std::vector<int>& list, int value) {
-  if (std::find(list.begin(), list.end(), value) == list.end()) list.push_back(value);
+  if (!contains(list, value)) list.push_back(value);
 }
 
 /// Returns a plan that contains the chain but no moves yet.
@@ -116,7 +116,52 @@ void assign_saves(Plan& plan, const std::vector<int>& saves) {
     }
 }
 
+/// Moves what the first `offloaded` stages write and save to host memory while no move needs it.
+void assign_offloads(Plan& plan, int offloaded) {
+  // A copy takes about as long as a move, and the next move is prepared while one runs. So an array is copied
+  // back one move early, and its memory is freed one move late; with fewer moves in between, nothing is gained.
+  constexpr size_t APART = 4;
+  struct Use {
+    size_t move;
+    bool made;
+  };
+  auto& moves = plan.moves;
+  for (int v = 0; v < static_cast<int>(plan.values.size()); ++v) {
+    const int producer = plan.values[v].producer;
+    if (producer < 0 || producer >= offloaded) continue;
+    std::vector<Use> uses;
+    for (size_t m = 0; m < moves.size(); ++m) {
+      const bool made = moves[m].kind == Move::Kind::forward && contains(moves[m].writes, v);
+      if (made || contains(moves[m].reads, v)) uses.push_back({m, made});
+    }
+    bool copied = false;
+    size_t maker = 0;
+    for (size_t i = 0; i + 1 < uses.size(); ++i) {
+      if (uses[i].made) maker = uses[i].move, copied = false;
+      if (uses[i + 1].made || uses[i + 1].move - uses[i].move < APART) continue;
+      if (!copied) moves[maker].offloads.push_back(v);
+      copied = true;
+      moves[uses[i].move].leaves.push_back(v);
+      moves[uses[i + 1].move].returns.push_back(v);
+    }
+  }
+  for (size_t m = 0; m < moves.size(); ++m)
+    for (int stage : moves[m].saves) {
+      if (stage >= offloaded) continue;
+      size_t back = m + 1;
+      while (moves[back].kind == Move::Kind::forward || stage < moves[back].begin || stage >= moves[back].end)
+        ++back;
+      if (back - m < APART) continue;
+      moves[m].saves_leave.push_back(stage);
+      moves[back].saves_return.push_back(stage);
+    }
+}
+
 }  // namespace
+
+bool contains(const std::vector<int>& list, int value) {
+  return std::find(list.begin(), list.end(), value) != list.end();
+}
 
 int Plan::readers(int value, int begin, int end) const {
   const auto& all = values[value].readers;
@@ -168,6 +213,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
   }
   assign_drops(plan);
   assign_saves(plan, cuts.saves);
+  assign_offloads(plan, cuts.offloaded);
   return plan;
 }
 
@@ -186,8 +232,16 @@ std::vector<std::string> describe(const Plan& plan) {
     list(move.kind == Move::Kind::backward ? "takes" : "keeps", move.writes, "; ");
     list("gives", move.cotangents, "; ");
     list("drops", move.drops, "; ");
-    for (size_t i = 0; i < move.saves.size(); ++i)
-      line += (i ? ", " : "; saves in ") + std::to_string(move.saves[i]);
+    auto numbers = [&](const char* verb, const std::vector<int>& stages) {
+      for (size_t i = 0; i < stages.size(); ++i)
+        line += (i ? ", " : std::string("; ") + verb + " ") + std::to_string(stages[i]);
+    };
+    numbers("saves in", move.saves);
+    list("offloads", move.offloads, "; ");
+    list("leaves in host memory", move.leaves, "; ");
+    list("fetches", move.returns, "; ");
+    numbers("offloads the saves of", move.saves_leave);
+    numbers("fetches the saves of", move.saves_return);
     lines.push_back(line);
   }
   return lines;

@@ -51,7 +51,16 @@ struct Move {
   std::vector<int> drops = {};
   /// stages that save arrays in this move; the next time such a stage runs, it uses them in its backward pass
   std::vector<int> saves = {};
+
+  // Offloading to host memory. It never changes what a move computes.
+  std::vector<int> offloads = {};  ///< `writes` of which a copy goes to host memory after the move
+  std::vector<int> leaves = {};    ///< values whose device memory is freed after the move
+  std::vector<int> returns = {};   ///< values that are copied back before the move
+  std::vector<int> saves_leave = {};   ///< the `saves` whose arrays go to host memory after the move
+  std::vector<int> saves_return = {};  ///< stages whose saved arrays are copied back before the move
 };
+
+bool contains(const std::vector<int>& list, int value);
 
 /// Returns one past the index of the last stage of a move; the head counts as a stage.
 int end_of(const Move& move);
@@ -77,6 +86,9 @@ struct Cuts {
   /// one past the last segment of each group, in ascending order up to the number of segments
   std::vector<int> groups;
   std::vector<int> saves = {};  ///< stages that save arrays in the last run before their backward pass
+  /// The values and arrays that the first `offloaded` stages write and save are in host memory while no move
+  /// needs them, unless a move needs them again soon.
+  int offloaded = 0;
 };
 
 /// Returns the plan for these cuts. It keeps the boundary values between groups. During a group's backward

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <set>
 #include <stdexcept>
+#include <tuple>
 
 namespace segtrain {
 
@@ -38,7 +39,10 @@ class Walk {
 
   Estimate run() {
     Estimate result;
-    for (const auto& move : plan_.moves) {
+    for (size_t i = 0; i < plan_.moves.size(); ++i) {
+      const auto& move = plan_.moves[i];
+      // What the next move needs is copied back while this move runs.
+      if (i + 1 < plan_.moves.size()) fetch(plan_.moves[i + 1]);
       Alive alive = now();
       alive.working = move.kind == Move::Kind::forward ? forward(move) : backward(move);
       if (move.kind == Move::Kind::head) waiting_ = alive.values + alive.saved + kept_by_head_;
@@ -49,6 +53,7 @@ class Walk {
     result.peak = costs_.fixed + std::max(result.peak + (costs_.under_way - 1) * waiting_, costs_.update);
     result.work = work_ + again_;
     result.again = again_;
+    result.host = host_;
     return result;
   }
 
@@ -132,7 +137,20 @@ class Walk {
     return most;
   }
 
+  void fetch(const Move& move) {
+    for (int value : move.returns) made_[value] = true;
+    for (int stage : move.saves_return) saved_[stage] = costs_.costs[stage].saved;
+  }
+
   void finish(const Move& move) {
+    // The memory of an array that leaves is counted until the end of the next move, because the copy runs beside
+    // that move.
+    for (int value : leaving_) made_[value] = false;
+    for (int stage : saves_leaving_) saved_[stage] = 0;
+    leaving_ = move.leaves;
+    saves_leaving_ = move.saves_leave;
+    for (int value : move.offloads) host_ += bytes_[value];
+    for (int stage : move.saves_leave) host_ += costs_.costs[stage].saved;
     for (int value : move.writes)
       if (move.kind == Move::Kind::forward)
         made_[value] = true;
@@ -160,7 +178,8 @@ class Walk {
   std::vector<int64_t> cotangents_;  ///< bytes of each value's cotangent
   std::vector<bool> goes_back_;      ///< whether each stage has a backward pass
   std::set<int> ran_;
-  int64_t gradients_ = 0, kept_by_head_ = 0;
+  std::vector<int> leaving_, saves_leaving_;  ///< values and stages whose arrays are being copied to the host
+  int64_t gradients_ = 0, kept_by_head_ = 0, host_ = 0;
   int64_t waiting_ = 0;  ///< bytes of a batch between its forward and backward pass
   double work_ = 0, again_ = 0;
 };
@@ -205,6 +224,9 @@ class Search {
           auto free = largest(layers, [&](int n) { return fits({halves, group, layers - n, 0, saves}); });
           try_tails({halves, group, layers - free, 0, saves});
         }
+    if (costs_.host > 0)
+      for (bool halves : {false, true})
+        for (int saves : {0, all}) try_tails({halves, 0, layers, 0, saves, true});
     return found_ ? best_ : least_;
   }
 
@@ -219,16 +241,21 @@ class Search {
     const int layers = static_cast<int>(costs_.layers.size());
     for (bool halves : {false, true})
       for (int group : groups(halves))
-        for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, adapted_), 0});
+        for (int tail : {0, 1, 2})
+          for (bool offload : {false, true})
+            if (!offload || (costs_.host > 0 && !group))
+              fits({halves, group, layers, std::min(tail, adapted_), 0, offload});
   }
 
   /// The kind of cuts to try. Segments are layers or, with `halves`, single stages. If `group` is 0, the
   /// values between segments are kept. Otherwise the first `grouped` layers are in groups of `group` layers,
   /// and each of the other layers is a group. The last `tail` layers run together with the head, and all of
-  /// their intermediate arrays are kept. The first `saves` stages of savers_ save arrays.
+  /// their intermediate arrays are kept. The first `saves` stages of savers_ save arrays. With `offload`, values
+  /// between segments and saved arrays are offloaded.
   struct Form {
     bool halves;
     int group, grouped, tail, saves;
+    bool offload = false;
   };
 
   std::vector<int> groups(bool halves) const {
@@ -285,7 +312,23 @@ class Search {
     for (int i = 0; i < form.saves; ++i)
       if (savers_[i] < at) cuts.saves.push_back(savers_[i]);
     std::sort(cuts.saves.begin(), cuts.saves.end());
+    if (form.offload) cuts.offloaded = offloaded(cuts, at);
     return cuts;
+  }
+
+  /// Returns how many of the first stages, up to `at`, can offload their arrays. The arrays must fit in host
+  /// memory, and must be copied during the forward pass.
+  int offloaded(const Cuts& cuts, int at) const {
+    double work = costs_.head_work / 2, bytes = 0;
+    for (const auto& cost : costs_.costs) work += cost.forward_work;
+    const double most = std::min(static_cast<double>(costs_.host), work * costs_.copied);
+    for (int i = 0; i < at; ++i) {
+      if (contains(cuts.segments, i + 1))
+        for (int64_t written : costs_.costs[i].writes) bytes += static_cast<double>(written);
+      if (contains(cuts.saves, i)) bytes += static_cast<double>(costs_.costs[i].saved);
+      if (bytes > most) return i;
+    }
+    return at;
   }
 
   bool fits(const Form& form) {
@@ -294,11 +337,12 @@ class Search {
         make_plan(costs_.stages, costs_.inputs, costs_.head_reads, choice.cuts, costs_.incoming);
     choice.estimate = estimate(plan, costs_);
     const auto& now = choice.estimate;
-    auto less = [](auto a, auto b, auto c, auto d) { return a < b || (a == b && c < d); };
-    if (least_.estimate.moves.empty() || less(now.peak, least_.estimate.peak, now.work, least_.estimate.work))
-      least_ = choice;
+    auto by_peak = [](const Estimate& x) { return std::tuple(x.peak, x.work); };
+    // Between plans with the same work, the one that copies less is chosen.
+    auto by_work = [](const Estimate& x) { return std::tuple(x.work, x.host, x.peak); };
+    if (least_.estimate.moves.empty() || by_peak(now) < by_peak(least_.estimate)) least_ = choice;
     if (now.peak > budget_) return false;
-    if (!found_ || less(now.work, best_.estimate.work, now.peak, best_.estimate.peak)) best_ = choice;
+    if (!found_ || by_work(now) < by_work(best_.estimate)) best_ = choice;
     found_ = true;
     return true;
   }

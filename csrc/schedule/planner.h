@@ -43,6 +43,9 @@ struct Costs {
   double widened = 1;
   /// number of batches, including this one, that have run forward and wait for their cotangents
   int under_way = 1;
+  int64_t host = 0;  ///< bytes of host memory that offloaded arrays may use
+  /// bytes that are copied to host memory while one unit of work is computed
+  double copied = 0;
 };
 
 /// The bytes that are in use at the peak of a move, by kind.
@@ -61,6 +64,7 @@ struct Estimate {
   int64_t peak = 0;          ///< peak of the whole step, including `fixed` and the optimizer's update
   double work = 0;
   double again = 0;  ///< the part of `work` that is recomputation
+  int64_t host = 0;  ///< bytes of arrays that are offloaded to host memory
 };
 
 /// Estimates the bytes and work of a plan. Throws std::invalid_argument if the costs do not match its stages.

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "core/gpu.h"
+#include "core/offload.h"
 #include "mlx/primitives.h"
 #include "schedule/recording.h"
 #include "segtrain.h"
@@ -37,10 +38,6 @@ constexpr size_t UNDER_WAY = 2;
 /// the limit, MLX waits for each op.
 constexpr size_t CUDA_MOVES = 2;
 
-bool contains(const std::vector<int>& values, int value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
-}
-
 class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
@@ -60,6 +57,8 @@ class Runner {
         at_a_time_(gpu() == Gpu::cuda && !on_cpu({}) && !watch ? CUDA_MOVES : 1),
         saved_(plan.stages.size()),
         values_(plan.values.size()),
+        offloaded_values_(plan.values.size()),
+        offloaded_saves_(plan.stages.size()),
         cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
     result_.grads.resize(params.size());
@@ -67,8 +66,7 @@ class Runner {
 
   /// Runs the moves before the head's move, and the stages that run together with the head.
   Arrays forward() {
-    for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_)
-      finish(plan_.moves[at_], forward(plan_.moves[at_]));
+    for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_) finish(forward(plan_.moves[at_]));
     const auto& move = plan_.moves[at_];
     for (int i = move.begin; i < move.end; ++i) {
       kept_.push_back(run_stage(move, i));
@@ -83,9 +81,12 @@ class Runner {
   }
 
   StepResult backward(const Arrays& cotangents) {
-    const auto& move = plan_.moves[at_++];
-    finish(move, head_ ? with_head(move) : with_cotangents(move, cotangents));
-    for (; at_ < plan_.moves.size(); ++at_) finish(plan_.moves[at_], backward(plan_.moves[at_]));
+    const auto& move = plan_.moves[at_];
+    finish(head_ ? with_head(move) : with_cotangents(move, cotangents));
+    for (++at_; at_ < plan_.moves.size(); ++at_) {
+      const auto& next = plan_.moves[at_];
+      finish(next.kind == Move::Kind::forward ? forward(next) : backward(next));
+    }
     settle(at_a_time_ == 1 ? 0 : at_a_time_);
     for (size_t i = 0; i < params_.size(); ++i)
       if (result_.grads[i].empty())  // the loss does not depend on these parameters
@@ -104,15 +105,49 @@ class Runner {
     Arrays grads = {};  ///< gradients of its parameters, then of the differentiable values that it reads
   };
 
-  /// Launches the computation of a move's results.
-  void finish(const Move& move, const Arrays& made) {
-    for (int value : move.drops) values_[value].reset();
+  /// Launches the computation of the current move's results.
+  void finish(const Arrays& made) {
+    const auto& move = plan_.moves[at_];
+    for (int value : move.drops) values_[value].reset(), offloaded_values_[value].reset();
     settle(at_a_time_ - 1);
     begin(made);
+    offload_after(move);
+    if (at_ + 1 < plan_.moves.size()) fetch_before(plan_.moves[at_ + 1]);
     // Cotangents are not kept in `running_`, so that the next move can free the ones that it consumes.
     const bool has_grads =
         at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
     running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
+  }
+
+  /// Starts to copy the arrays that leave the device after a move to host memory.
+  void offload_after(const Move& move) {
+    if (collects_kernels()) return;  // there is no data to copy
+    Arrays leaving;
+    auto copy = [&](const mx::array& x) {
+      auto made = offload(x);
+      leaving.push_back(made.copied);
+      return made;
+    };
+    for (int value : move.offloads) offloaded_values_[value] = copy(*values_[value]);
+    for (int stage : move.saves_leave)
+      for (const auto& x : saved_[stage]) offloaded_saves_[stage].push_back(copy(x));
+    if (!leaving.empty()) launch_(leaving);
+    for (int value : move.leaves) values_[value].reset();
+    for (int stage : move.saves_leave) saved_[stage].clear();
+  }
+
+  /// Starts to copy the arrays that a move needs back to the device. This is called while the move before it
+  /// runs.
+  void fetch_before(const Move& move) {
+    Arrays arriving;
+    if (collects_kernels()) return;
+    for (int value : move.returns) arriving.push_back(*(values_[value] = fetch(*offloaded_values_[value])));
+    for (int stage : move.saves_return) {
+      for (const auto& copy : offloaded_saves_[stage]) saved_[stage].push_back(fetch(copy));
+      arriving.insert(arriving.end(), saved_[stage].begin(), saved_[stage].end());
+      offloaded_saves_[stage].clear();
+    }
+    if (!arriving.empty()) launch_(arriving);
   }
 
   /// Waits until at most `left` earlier moves are still running. By then, the intermediate arrays of the
@@ -395,6 +430,8 @@ class Runner {
   std::vector<Arrays>
       saved_;  ///< arrays that each stage saved, from its last forward run to its backward pass
   std::vector<std::optional<mx::array>> values_;
+  std::vector<std::optional<Offloaded>> offloaded_values_;
+  std::vector<std::vector<Offloaded>> offloaded_saves_;  ///< saved arrays by stage
   std::vector<std::optional<mx::array>> cotangents_;
   std::vector<Arrays> parts_;     ///< results of the move that is being traced, by stage
   std::deque<Arrays> running_;    ///< results of the moves that have been launched

@@ -397,6 +397,9 @@ class TrainConfig(BaseModel):
     grad_checkpoint: bool = option(False, MEMORY, title="Gradient checkpointing")
     """Recompute each layer in the backward pass, which uses less memory but takes longer.
     Equivalent to segment_size 1."""
+    activation_offloading: bool = option(True, MEMORY, title="Activation offloading")
+    """Keep activations in host memory until the backward pass if this avoids recomputation and they
+    can be copied while the GPU computes. Only on NVIDIA GPUs."""
     segment_size: SegmentSize = option(
         "auto", MEMORY, title="Layers per segment", values="auto or an integer >= 0"
     )

@@ -58,12 +58,14 @@ class Cuts:
     group are recomputed when the backward pass reaches the group, except that the last group keeps
     these values. The last segment is never recomputed. `saves` lists the stages that keep arrays
     (for attention, its output) when they run for the last time before their gradient is computed;
-    this reduces recomputation.
+    this reduces recomputation. The values that the first `offloaded` stages write, and the arrays
+    that they save, are in host memory while they are not needed.
     """
 
     segments: tuple[int, ...]
     groups: tuple[int, ...]
     saves: tuple[int, ...] = ()
+    offloaded: int = 0
 
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
@@ -102,7 +104,7 @@ def _plan(
     """Returns the plan for a chain with these cuts. The owners in `trainable` have parameters."""
     specs = specs_of(stages, trainable)
     given = (list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves, list(incoming))
-    return _core.make_plan(specs, *given)
+    return _core.make_plan(specs, *given, cuts.offloaded)
 
 
 def _tuple(value: Any) -> tuple[mx.array, ...]:

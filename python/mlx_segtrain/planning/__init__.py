@@ -56,8 +56,9 @@ class Planned:
     `text` describes the plan in words. `parts` breaks the peak down by purpose. `moves` contains
     the peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes
     the moves. When MLX's memory reaches `limit` bytes, MLX must wait for the device, so that memory
-    allocated ahead of the device does not raise the total above `peak`. `again` is the part of
-    `work` that is spent on recomputation.
+    allocated ahead of the device does not raise the total above `peak`. `host` is the size, in
+    bytes, of the arrays that are offloaded to host memory. `again` is the part of `work` that is
+    spent on recomputation.
     """
 
     cuts: Cuts
@@ -65,6 +66,7 @@ class Planned:
     peak: int
     limit: int
     parts: dict[str, int]
+    host: int
     moves: tuple[int, ...]
     lines: tuple[str, ...]
     work: float
@@ -112,6 +114,8 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
         text += f", attention output kept in {named(len(cuts.saves))}"
     if kept:
         text += f", no recomputation in the last {named(kept)}"
+    if cuts.offloaded:
+        text += f", arrays of {named(within(first, cuts.offloaded) or 1)} offloaded to host memory"
     return text
 
 
@@ -125,7 +129,7 @@ def planned(
     reduced by this amount; otherwise, `ahead` reserves memory for these allocations.
     """
     chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
-    plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
+    plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming, cuts.offloaded)
     estimate = _core.estimate(plan, costs)
     at = max(range(len(estimate.moves)), key=lambda i: estimate.moves[i].total)
     alive = estimate.moves[at]
@@ -145,10 +149,11 @@ def planned(
     first = 0 if costs.incoming else first
     return Planned(
         text=describe(cuts, first, costs.layers),
-        cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
+        cuts=Cuts(*map(tuple, (*own, cuts.saves)), cuts.offloaded),
         peak=estimate.peak + ahead + (buffers or 0),
         limit=max(costs.fixed, estimate.peak + (-above if buffers is None else buffers)),
         parts={name: n for name, n in parts.items() if n},
+        host=estimate.host,
         moves=tuple(costs.fixed + alive.total for alive in estimate.moves),
         lines=tuple(plan.describe()),
         work=estimate.work,

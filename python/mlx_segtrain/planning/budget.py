@@ -15,15 +15,23 @@ MARGIN = 0.05
 INTERPRETER = 1 << 29
 
 
-def device(deterministic: bool = False, size: int = 2) -> Device:
+#: The fraction of the available RAM that offloaded arrays may use. This memory is page-locked, so
+#: other programs cannot use it.
+OFFLOADED = 0.5
+
+
+def device(deterministic: bool = False, size: int = 2, offloads: bool = False) -> Device:
     """Returns a description of MLX's default device for memory estimates. `size` is the size of an
-    element on a GPU, in bytes."""
+    element on a GPU, in bytes. `offloads` allows plans to keep arrays in host memory, which is
+    possible only on CUDA."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
         return Device("metal", size, nax=_core.has_neural_accelerators())
+    # Each GPU may be used by a process of its own.
+    host = int(OFFLOADED * available_ram() / mx.device_count(mx.gpu)) if offloads else 0
     cudnn = "cudnn" in _core.attention_impls()
-    return Device("cuda", size, WORKSPACE, cudnn=cudnn, repeatable=deterministic)
+    return Device("cuda", size, WORKSPACE, cudnn=cudnn, repeatable=deterministic, host=host)
 
 
 def working_set() -> int | None:

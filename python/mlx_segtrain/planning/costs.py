@@ -25,6 +25,11 @@ Device = _core.Device
 #: The size, in bytes, of the workspace that matrix multiplications may use on CUDA.
 WORKSPACE = 33 << 20
 
+#: The number of bytes that are copied to host memory while a GPU computes one floating-point
+#: operation. An H200 copies 50 GB/s and computes 6e14 operations per second; slower GPUs have more
+#: time for their copies.
+COPIED = 7e-5
+
 CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
@@ -142,6 +147,8 @@ def costs_of(
         + (12 << 20) * device.gpu,
         update=5 * factors,
         widened=4 / device.size,
+        host=device.host,
+        copied=COPIED,
     )
 
 

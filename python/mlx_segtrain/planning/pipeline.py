@@ -114,6 +114,8 @@ def costs_of_part(
         update=5 * gradients,
         widened=costs.widened,
         under_way=part.under_way,
+        host=costs.host,
+        copied=costs.copied,
     )
 
 

@@ -283,7 +283,7 @@ def planned(
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
-    on = device(config.deterministic, shape.float_size)
+    on = device(config.deterministic, shape.float_size, config.activation_offloading)
     if shape.fast and on.name == "metal":
         packed = any(stream.part for batch in batches for stream in batch.streams)
         settle(heads_of(shape, packed), measures=measures)
