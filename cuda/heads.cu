@@ -7,7 +7,8 @@
 // and D the head size. The backward kernel computes the gradient of joint from the gradients of q, k and v. joint
 // contains the heads of q, then of k, then of v. If the keys are also the values (SAME), joint contains no heads of v;
 // if there is only q, G is 0. A warp processes AT_ONCE heads of one token. A lane processes the slots lane, lane + 32,
-// … of each head. A slot is a pair of elements, and the first dims/2 slots are rotated.
+// … of each head or, if PAIRS is set, the slots 2·lane and 2·lane + 1, whose elements are read together. A slot is a
+// pair of elements, and the first dims/2 slots are rotated.
 //
 // Token t is at positions[t] (positions [T]) if PACKED is set, and at offset + t otherwise. freqs is [dims/2]. If
 // TRADITIONAL is set, a pair consists of neighbouring elements; otherwise it consists of one element from each half.
@@ -27,9 +28,10 @@ struct Norm {
   float eps;
 };
 
-template <int D, typename T>
+template <int D, bool PAIRS, typename T>
 struct Slots {
   static constexpr int N = (D / 2 + 31) / 32;
+  static_assert(!PAIRS || (N == 2 && sizeof(T) == 2));
   int first[N], second[N];
   float cosine[N], sine[N];
   bool there[N], turned[N];
@@ -39,7 +41,7 @@ struct Slots {
     const int half = dims / 2;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const int slot = threadIdx.x % 32 + 32 * j;
+      const int slot = PAIRS ? threadIdx.x % 32 * 2 + j : threadIdx.x % 32 + 32 * j;
       there[j] = slot < D / 2, turned[j] = slot < half;
       first[j] = !turned[j] ? half + slot : TRADITIONAL ? 2 * slot : slot;
       second[j] = !turned[j] ? first[j] + (D - dims) / 2 : TRADITIONAL ? first[j] + 1 : half + slot;
@@ -48,11 +50,25 @@ struct Slots {
       cosine[j] = cosf(angle), sine[j] = sinf(angle);
     }
   }
+  struct alignas(2 * sizeof(T)) Two {
+    T x[2];
+  };
   __device__ void load(const T* x, float2 (&y)[N]) const {
+    if constexpr (PAIRS) {
+      const Two a = *reinterpret_cast<const Two*>(x + first[0]), b = *reinterpret_cast<const Two*>(x + second[0]);
+      y[0] = make_float2(to_float(a.x[0]), to_float(b.x[0])), y[1] = make_float2(to_float(a.x[1]), to_float(b.x[1]));
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < N; ++j) y[j] = there[j] ? make_float2(to_float(x[first[j]]), to_float(x[second[j]])) : float2{};
   }
   __device__ void store(T* y, const float2 (&x)[N]) const {
+    if constexpr (PAIRS) {
+      Two a, b;
+      put(a.x[0], x[0].x), put(a.x[1], x[1].x), put(b.x[0], x[0].y), put(b.x[1], x[1].y);
+      *reinterpret_cast<Two*>(y + first[0]) = a, *reinterpret_cast<Two*>(y + second[0]) = b;
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < N; ++j)
       if (there[j]) put(y[first[j]], x[j].x), put(y[second[j]], x[j].y);
@@ -130,9 +146,9 @@ struct Heads {
   }
 };
 
-template <int D, int NORMS, int AT_ONCE, bool SAME, bool TRADITIONAL, bool PACKED, typename T>
+template <int D, int NORMS, int AT_ONCE, bool SAME, bool TRADITIONAL, bool PAIRS, bool PACKED, typename T>
 __device__ void heads(const T* __restrict__ joint, T* q, T* k, T* v, const Heads<T>& c) {
-  using Mine = Slots<D, T>;
+  using Mine = Slots<D, PAIRS, T>;
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, begin = blockIdx.y * AT_ONCE;
   if (row >= c.tokens()) return;
   const int given = c.of_q() + (SAME ? 1 : 2) * c.of_k(), made = c.of_q() + 2 * c.of_k();
@@ -158,10 +174,10 @@ __device__ void heads(const T* __restrict__ joint, T* q, T* k, T* v, const Heads
   }
 }
 
-template <int D, int NORMS, int AT_ONCE, bool SAME, bool TRADITIONAL, bool PACKED, typename T>
+template <int D, int NORMS, int AT_ONCE, bool SAME, bool TRADITIONAL, bool PAIRS, bool PACKED, typename T>
 __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                            T* __restrict__ d_joint, const Heads<T>& c) {
-  using Mine = Slots<D, T>;
+  using Mine = Slots<D, PAIRS, T>;
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, begin = blockIdx.y * AT_ONCE;
   if (row >= c.tokens()) return;
   const int given = c.of_q() + (SAME ? 1 : 2) * c.of_k();
@@ -201,8 +217,8 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
 // of an absent norm, for joint if there is no norm, and for k and v if there is only q.
 
 //: heads: joint q_weight k_weight v_weight freqs positions at args -> q k v
-heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, {q_weight, k_weight, v_weight, freqs, args, positions, at});
+heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PAIRS, PACKED, T>(joint, q, k, v, {q_weight, k_weight, v_weight, freqs, args, positions, at});
 //: heads_of_q: joint q_weight freqs positions at args -> queries
-heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, queries, queries, queries, {q_weight, q_weight, q_weight, freqs, args, positions, at});
+heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PAIRS, PACKED, T>(joint, queries, queries, queries, {q_weight, q_weight, q_weight, freqs, args, positions, at});
 //: heads_vjp: joint q k v q_weight k_weight v_weight freqs positions at args -> d_joint
-heads_back<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, d_joint, {q_weight, k_weight, v_weight, freqs, args, positions, at});
+heads_back<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PAIRS, PACKED, T>(joint, q, k, v, d_joint, {q_weight, k_weight, v_weight, freqs, args, positions, at});

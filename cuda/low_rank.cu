@@ -14,48 +14,70 @@ struct alignas(16) Words {
   unsigned w[4];  // eight values
 };
 
-/// Computes z [m, R] = x·lᵀ from x [m, k] and l [R, k], and wide [m, k + R] = [x z]. A thread block processes 16 rows
-/// of x, and its warps divide the columns among themselves.
+/// Computes z [m, R] = x·lᵀ from x [m, k] and l [R, k], and wide [m, k + R] = [x z]. A thread block processes 32 rows
+/// of x, and its warps divide the columns among themselves. With fewer rows, the blocks would read more from l than
+/// from x.
 template <int R, typename T>
 __device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T* z) {
-  constexpr int NT = R / 8;
+  constexpr int NT = R / 8, TILES = 2, AT_ONCE = 2;  // reads of each row in flight per thread
   __shared__ float sums[WARPS][16][R];
-  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, row0 = blockIdx.x * 16;
-  float sum[NT][4] = {};
-#pragma unroll 2
-  for (int i = warp * 32 + quad * 8; i < (k + 31) / 32 * 32; i += WARPS * 32) {
-    Words a[2] = {};
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  auto row_at = [&](int tile, int half) { return blockIdx.x * 16 * TILES + tile * 16 + half * 8 + group; };
+  float sum[TILES][NT][4] = {};
+  for (int i0 = warp * 32 + quad * 8; i0 < k; i0 += AT_ONCE * WARPS * 32) {
+    Words a[AT_ONCE][TILES][2] = {};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = row0 + group + 8 * h;
-      if (row >= m || i >= k) continue;
-      a[h] = *reinterpret_cast<const Words*>(x + static_cast<size_t>(row) * k + i);
-      *reinterpret_cast<Words*>(wide + static_cast<size_t>(row) * (k + R) + i) = a[h];
-    }
+    for (int j = 0; j < AT_ONCE; ++j)
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      Words b = {};
-      if (i < k) b = *reinterpret_cast<const Words*>(l + static_cast<size_t>(n * 8 + group) * k + i);
+      for (int t = 0; t < TILES; ++t)
 #pragma unroll
-      for (int s = 0; s < 4; s += 2) {
-        const unsigned block[4] = {a[0].w[s], a[1].w[s], a[0].w[s + 1], a[1].w[s + 1]};
-        multiply_add<T>(sum[n], block, b.w[s], b.w[s + 1]);
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_at(t, h), i = i0 + j * WARPS * 32;
+          if (row < m && i < k) a[j][t][h] = *reinterpret_cast<const Words*>(x + static_cast<size_t>(row) * k + i);
+        }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const int i = i0 + j * WARPS * 32;
+      if (i - quad * 8 >= k) break;  // the same for all threads of a warp
+#pragma unroll
+      for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_at(t, h);
+          if (row < m && i < k) *reinterpret_cast<Words*>(wide + static_cast<size_t>(row) * (k + R) + i) = a[j][t][h];
+        }
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        Words b = {};
+        if (i < k) b = *reinterpret_cast<const Words*>(l + static_cast<size_t>(n * 8 + group) * k + i);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+#pragma unroll
+          for (int s = 0; s < 4; s += 2) {
+            const auto& x2 = a[j][t];
+            const unsigned block[4] = {x2[0].w[s], x2[1].w[s], x2[0].w[s + 1], x2[1].w[s + 1]};
+            multiply_add<T>(sum[t][n], block, b.w[s], b.w[s + 1]);
+          }
       }
     }
   }
 #pragma unroll
-  for (int n = 0; n < NT; ++n)
+  for (int t = 0; t < TILES; ++t) {
+    if (t) __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[warp][row_of(i)][n * 8 + col_of(i)] = sum[n][i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 16 * R; i += WARPS * 32) {
-    const int row = row0 + i / R, col = i % R;
-    if (row >= m) break;
-    float all = 0;
+    for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) all += sums[w][i / R][col];
-    put(z[static_cast<size_t>(row) * R + col], all);
-    put(wide[static_cast<size_t>(row) * (k + R) + k + col], all);
+      for (int i = 0; i < 4; ++i) sums[warp][row_of(i)][n * 8 + col_of(i)] = sum[t][n][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * R; i += WARPS * 32) {
+      const int row = (blockIdx.x * TILES + t) * 16 + i / R, col = i % R;
+      if (row >= m) break;
+      float all = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) all += sums[w][i / R][col];
+      put(z[static_cast<size_t>(row) * R + col], all);
+      put(wide[static_cast<size_t>(row) * (k + R) + k + col], all);
+    }
   }
 }
 
@@ -81,6 +103,16 @@ __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z)
       }
     }
   for (int n0 = (blockIdx.y * WARPS + warp) * 32; n0 < n; n0 += gridDim.y * WARPS * 32) {
+    // The four tiles are interleaved, so that a thread has eight neighbouring elements, beginning at this column.
+    const int first = n0 + quad * 8;
+    Pack<T> out[2][2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + t * 16 + h * 8 + group;
+        if (row < m && first < n) out[t][h] = *reinterpret_cast<const Pack<T>*>(wide + row * ld + first);
+      }
     float sum[2][4][4] = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -93,18 +125,16 @@ __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z)
         for (int t = 0; t < 2; ++t) multiply_add<T>(sum[t][j], a[t][s], b.x, b.y);
       }
     }
-    // The four tiles are interleaved, so that a thread has eight neighbouring elements.
-    const int col = n0 + quad * 8;
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + t * 16 + h * 8 + group;
-        if (row >= m || col >= n) continue;
-        Pack<T> out = *reinterpret_cast<const Pack<T>*>(wide + row * ld + col);
+        if (row >= m || first >= n) continue;
+        auto& eight = out[t][h];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) put(out.x[j], to_float(out.x[j]) + sum[t][j / 2][h * 2 + j % 2]);
-        *reinterpret_cast<Pack<T>*>(y + static_cast<size_t>(row) * n + col) = out;
+        for (int j = 0; j < 8; ++j) put(eight.x[j], to_float(eight.x[j]) + sum[t][j / 2][h * 2 + j % 2]);
+        *reinterpret_cast<Pack<T>*>(y + static_cast<size_t>(row) * n + first) = eight;
       }
   }
 }

@@ -305,6 +305,7 @@ def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
         Cuts(halves, tuple(range(2, 13, 2))),
         Cuts((*halves, 12), (8, 12, 13)),
         Cuts(halves, (4, 8, 12), saves=(0, 4, 6, 10)),
+        Cuts(halves, halves, saves=(0, 2, 4, 6, 8), offloaded=10),
     ]:
         got, got_grads = run(chain, adapter, batch, cuts=cuts)
         assert got == loss, cuts

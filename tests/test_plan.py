@@ -14,8 +14,8 @@ def chain(n, trainable=None):
 
 def moves(stages, size, inputs=("h",), head=("h",), cuts=None):
     cuts = cuts or Cuts.every(len(stages), size)
-    ends = list(cuts.segments), list(cuts.groups)
-    return make_plan(stages, list(inputs), list(head), *ends).describe()
+    how = list(cuts.segments), list(cuts.groups), list(cuts.saves)
+    return make_plan(stages, list(inputs), list(head), *how, offloaded=cuts.offloaded).describe()
 
 
 def test_one_stage_a_segment():
@@ -73,6 +73,21 @@ def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_bac
     # kv is kept only if a reader is in a later segment than b.
     assert moves(stages, 2)[0] == "forward 0:2 reads h@input; keeps h@b, kv@b"
     assert moves(stages, 4) == ["head 0:4 reads h@input; drops h@input"]
+
+
+def test_what_is_not_needed_soon_waits_in_host_memory():
+    """The copies of h@a and of what stage 0 saves come back one move before they are read. h@b is
+    needed again three moves after its last use, so it stays."""
+    cuts = Cuts((1, 2, 3, 4), (1, 2, 3, 4), saves=(0,), offloaded=4)
+    assert moves(chain(4), 0, cuts=cuts) == [
+        "forward 0:1 reads h@input; keeps h@a; saves in 0; offloads h@a; offloads the saves of 0",
+        "forward 1:2 reads h@a; keeps h@b; frees h@a",
+        "forward 2:3 reads h@b; keeps h@c",
+        "head 3:4 reads h@c; gives h@c; drops h@c",
+        "backward 2:3 reads h@b; takes h@c; gives h@b; drops h@b",
+        "backward 1:2 reads h@a; takes h@b; gives h@a; drops h@a; fetches h@a",
+        "backward 0:1 reads h@input; takes h@a; drops h@input; fetches the saves of 0",
+    ]
 
 
 def test_a_group_is_run_forward_again_before_it_goes_back():

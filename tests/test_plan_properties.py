@@ -27,8 +27,9 @@ class Chain:
 
     @property
     def plan(self):
-        cuts = (self.cuts.segments, self.cuts.groups, self.cuts.saves)
-        return _core.make_plan(self.stages, ["h", "y"], self.head, *map(list, cuts))
+        cuts = map(list, (self.cuts.segments, self.cuts.groups, self.cuts.saves))
+        how = {"offloaded": self.cuts.offloaded}
+        return _core.make_plan(self.stages, ["h", "y"], self.head, *cuts, **how)
 
     def __repr__(self):
         stages = [(s.name, list(s.reads), list(s.writes), s.trainable) for s in self.stages]
@@ -50,7 +51,9 @@ def chains(draw, most=9):
     # The last segment is allowed to be empty.
     segments = [*sorted(inner), n, *([n] if draw(st.booleans()) else [])]
     some = draw(st.sets(st.integers(1, len(segments) - 1))) if len(segments) > 1 else []
-    return Chain(stages, head, Cuts(tuple(segments), (*sorted(some), len(segments))))
+    offloaded = draw(st.sampled_from([0, n // 2, n]))
+    cuts = Cuts(tuple(segments), (*sorted(some), len(segments)), offloaded=offloaded)
+    return Chain(stages, head, cuts)
 
 
 @dataclass
@@ -63,6 +66,9 @@ class Move:
     takes: list[str] = field(default_factory=list)
     gives: list[str] = field(default_factory=list)
     drops: list[str] = field(default_factory=list)
+    offloads: list[str] = field(default_factory=list)
+    frees: list[str] = field(default_factory=list)
+    fetches: list[str] = field(default_factory=list)
 
 
 def parsed(line: str) -> Move:
@@ -93,6 +99,7 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
     moves = [parsed(line) for line in chain.plan.describe()]
     read = {name for move in moves for name in move.reads}
     alive, cotangents, taken = {x for x in ("h@input", "y@input") if x in read}, set(), set()
+    on_host, away = set(), set()
     for i, move in enumerate(moves):
         assert set(move.reads) == reads_of(chain, move)
         assert set(move.reads) <= alive
@@ -104,6 +111,12 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
         alive |= set(move.keeps)
         assert set(move.drops) <= alive
         alive -= set(move.drops)
+        on_host = (on_host | set(move.offloads)) - set(move.drops)
+        away -= set(move.fetches)
+        assert not away & {*move.reads, *move.keeps} and set(move.fetches) <= on_host
+        away |= set(move.frees)
+        assert away <= on_host
+        assert all(value in {*move.reads, *move.keeps} for value in move.frees)
         for value in alive:  # a value must be read before it is recomputed
             later = (x for x in moves[i + 1 :] if value in (*x.reads, *x.keeps))
             assert value in next(later).reads
@@ -141,8 +154,12 @@ def test_an_estimate_holds_all_that_is_kept(chain):
     def size(names):
         return sum(BYTES.get(name.split("@")[0], 1) for name in names)
 
+    away = set()
+    assert found.host == size(name for move in moves for name in move.offloads)
     for move, told in zip(moves, found.moves, strict=True):
-        assert told.values >= size(alive)
+        away -= set(move.fetches)
+        assert told.values >= size(alive - away)
+        away |= set(move.frees)
         assert told.cotangents >= size(cotangents)
         cotangents = (cotangents - set(move.takes)) | set(move.gives)
         alive = (alive | set(move.keeps)) - set(move.drops)

@@ -232,6 +232,30 @@ def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak
         _core.choose_cuts(chain_costs([stage] * 8, input_bytes=[]), 0)
 
 
+def test_host_memory_avoids_work_if_there_is_time_to_copy():
+    stage = cost(
+        forward=20, backward=100, kept=60, forward_work=10.0, again_work=8.0, backward_work=20.0
+    )
+    first = cost(saved=6, saved_work=7.0, **(dict(forward=20, backward=100, kept=60)
+        | dict(forward_work=10.0, again_work=8.0, backward_work=20.0)))  # fmt: skip
+
+    def choice(budget=230, **given):
+        return _core.choose_cuts(chain_costs([first, stage] * 8, head=30, **given), budget)
+
+    alone = choice()
+    assert (alone.cuts.offloaded, alone.estimate.host) == (0, 0)
+    rich = choice(host=10**6, copied=1.0)
+    assert rich.cuts.offloaded == rich.cuts.segments[-2] > 0
+    assert rich.estimate.again < 0.7 * alone.estimate.again and rich.estimate.peak <= 230
+    # Only the first stages offload their arrays if memory or time is short.
+    assert 0 < choice(host=60, copied=1.0).estimate.host <= 60
+    assert 0 < choice(host=10**6, copied=0.3).estimate.host <= 0.3 * 16 * 10
+    # Nothing is copied if everything fits.
+    assert choice(10**6, host=10**6, copied=1.0).estimate.host == 0
+    least = choice(0, host=10**6, copied=1.0).estimate.peak
+    assert least < choice(0).estimate.peak
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_by_hand_is_faster_within_the_budget(seed):
     """Compares the chosen plan for a random chain with plans that use other segment sizes and

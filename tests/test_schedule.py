@@ -3,6 +3,8 @@
 import gc
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -10,8 +12,8 @@ from mlx.utils import tree_flatten
 
 from lib.checks import ON_GPU
 from lib.oracle import errors
-from mlx_segtrain import Stage, segmented_value_and_grad
-from mlx_segtrain.schedule import forward
+from mlx_segtrain import Stage, _core, segmented_value_and_grad
+from mlx_segtrain.schedule import Cuts, _plan, forward
 
 N, H = 7, 16
 
@@ -85,6 +87,58 @@ def test_gradients_equal_the_whole_model(size):
     for name, grad in tree_flatten(got):
         l2, _ = errors(grad, truth[name])
         assert mx.abs(truth[name]).max() > 1e-4 and l2 < 1e-6, name
+
+
+def test_a_group_uses_what_its_stages_have_saved():
+    """A stage saves arrays in the last forward pass before its backward pass. For a stage in a
+    group of segments, this is the second forward pass."""
+    calls = []
+
+    def layer(name, p, h, saved, save):
+        calls.append((name, "saves" if save else "uses" if saved else "runs"))
+        out = h + mx.tanh(h @ p["w"])
+        return (out, [out]) if save else out
+
+    stages = [Stage(f"l{i}", partial(layer, f"l{i}"), saves=True) for i in range(4)]
+    params = {s.name: {"w": mx.random.normal((H, H), key=mx.random.key(0))} for s in stages}
+    cuts = Cuts((1, 2, 3, 4), (2, 4), saves=(0, 1, 2))
+    step = segmented_value_and_grad(stages, lambda p, h: h.mean(), cuts=cuts)
+    step(params, {"h": mx.ones((5, H))})
+    assert calls == [
+        *[("l0", "runs"), ("l1", "runs"), ("l2", "saves"), ("l3", "runs")],
+        *[("l2", "uses"), ("l0", "saves"), ("l1", "uses"), ("l0", "uses")],
+    ]
+
+
+@pytest.mark.parametrize("offloaded", [1, 4, 7])
+def test_offloaded_arrays_change_no_bit(offloaded):
+    """The values and the saved arrays of the first stages are copied to host memory and back."""
+    stages, head, params, values = shared_kv_chain()
+
+    def saving(fn):
+        def run(p, *reads, saved=(), save=False):
+            out = fn(p, *reads)
+            if saved:  # its value is used, so a wrong copy would be noticed
+                h = saved[0] + 0 * (out[0] if isinstance(out, tuple) else out)
+                out = (h, *out[1:]) if isinstance(out, tuple) else h
+            kept = out[0] if isinstance(out, tuple) else out
+            return (*(out if isinstance(out, tuple) else (out,)), kept) if save else out
+
+        return run
+
+    stages = [replace(s, fn=saving(s.fn), saves=True) for s in stages]
+    every = tuple(range(1, N + 1))
+    for cuts in (Cuts(every, every), Cuts((*every, N), (3, 8), saves=(0, 1, 2, 3, 5))):
+        cuts = replace(cuts, saves=cuts.saves or (0, 2, 4))
+        how = {"inputs": ("h", "y"), "head_reads": ("h", "kv", "y")}
+        whole = segmented_value_and_grad(stages, head, **how, cuts=cuts)(params, values)
+        moved = replace(cuts, offloaded=offloaded)
+        plan = _plan(stages, ["h", "y"], how["head_reads"], moved, params)
+        assert "fetches" in " ".join(plan.describe()) or offloaded == 1
+        got = segmented_value_and_grad(stages, head, **how, cuts=moved)(params, values)
+        for (name, x), (_, y) in zip(tree_flatten(whole), tree_flatten(got), strict=True):
+            assert mx.array_equal(x, y), name
+    _core.release_host_memory()
 
 
 def test_sums_over_readers_are_in_float32():

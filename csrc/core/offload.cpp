@@ -16,10 +16,11 @@ namespace segtrain {
 
 namespace {
 
-/// Memory that is not in use, by its size in bytes.
+/// Memory that is not in use, by the index of the stream that copies it and by its size in bytes. A copy may
+/// still be pending when its memory is no longer in use, so the memory is reused only on the same stream.
 struct Unused {
   std::mutex lock;
-  std::map<size_t, std::vector<char*>> memory;
+  std::map<std::pair<int, size_t>, std::vector<char*>> memory;
 };
 
 Unused& unused() {
@@ -31,8 +32,7 @@ bool on_cuda() {
   return gpu() == Gpu::cuda && !on_cpu({});
 }
 
-/// Returns the stream of all copies. Since it is only one, a copy into reused memory begins after the earlier
-/// copies from this memory. On a CPU, this is the default stream, because a copy would gain nothing by a
+/// Returns the stream of this thread's copies. On a CPU, this is the default stream, because a copy would gain nothing by a
 /// stream of its own.
 mx::Stream copy_stream() {
   const auto own = mx::to_stream({});
@@ -64,7 +64,7 @@ class Offload : public mx::Primitive {
   std::shared_ptr<HostMemory> memory_;
 };
 
-/// Copies host memory to its output. Its input is the array `copied` of the copy.
+/// Copies host memory to its output. Its inputs must be computed before.
 class Fetch : public mx::Primitive {
  public:
   Fetch(mx::Stream s, std::shared_ptr<HostMemory> memory) : Primitive(s), memory_(std::move(memory)) {}
@@ -87,10 +87,10 @@ class Fetch : public mx::Primitive {
 
 }  // namespace
 
-HostMemory::HostMemory(size_t bytes) : data_(nullptr), size_(bytes) {
+HostMemory::HostMemory(size_t bytes) : data_(nullptr), size_(bytes), stream_(copy_stream().index) {
   {
     std::lock_guard guard(unused().lock);
-    auto& same = unused().memory[bytes];
+    auto& same = unused().memory[{stream_, size_}];
     if (!same.empty()) {
       data_ = same.back();
       same.pop_back();
@@ -104,7 +104,7 @@ HostMemory::HostMemory(size_t bytes) : data_(nullptr), size_(bytes) {
 
 HostMemory::~HostMemory() {
   std::lock_guard guard(unused().lock);
-  unused().memory[size_].push_back(data_);
+  unused().memory[{stream_, size_}].push_back(data_);
 }
 
 Offloaded offload(const mx::array& x) {
@@ -115,21 +115,29 @@ Offloaded offload(const mx::array& x) {
 }
 
 mx::array fetch(const Offloaded& copy) {
-  return mx::array(copy.shape, copy.dtype, std::make_shared<Fetch>(copy_stream(), copy.memory),
-                   {copy.copied});
+  return from_host(copy.memory, copy.shape, copy.dtype, {copy.copied});
+}
+
+mx::array from_host(std::shared_ptr<HostMemory> memory, mx::Shape shape, mx::Dtype dtype,
+                    const Arrays& after) {
+  auto primitive = std::make_shared<Fetch>(copy_stream(), std::move(memory));
+  return mx::array(std::move(shape), dtype, std::move(primitive), after);
 }
 
 void release_host_memory() {
-  mx::synchronize(copy_stream());
+  const auto own = copy_stream();
+  mx::synchronize(own);
   std::lock_guard guard(unused().lock);
-  for (auto& [_, memory] : unused().memory)
+  for (auto& [key, memory] : unused().memory) {
+    if (key.first != own.index) continue;
     for (char* data : memory) on_cuda() ? cuda_free_host_memory(data) : std::free(data);
-  unused().memory.clear();
+    memory.clear();
+  }
 }
 
-static const Binding bind([](nb::module_& m) {
+const Binding binding([](nb::module_& m) {
   m.def("release_host_memory", &release_host_memory,
-        "Frees the host memory that earlier steps used for offloaded values.");
+        "Frees the host memory that earlier steps of this thread used for offloaded arrays.");
 });
 
 }  // namespace segtrain

@@ -7,7 +7,8 @@
 
 namespace segtrain {
 
-/// Host memory of a fixed size. When it is destroyed, its memory is kept for later copies of this size.
+/// Host memory of a fixed size. When it is destroyed, its memory is kept for later copies of this size by the
+/// same thread.
 class HostMemory {
  public:
   explicit HostMemory(size_t bytes);
@@ -21,6 +22,7 @@ class HostMemory {
  private:
   char* data_;
   size_t size_;
+  int stream_;
 };
 
 /// A copy of an array in host memory.
@@ -41,7 +43,11 @@ Offloaded offload(const mx::array& x);
 /// Copies the data back to the device.
 mx::array fetch(const Offloaded& copy);
 
-/// Frees the host memory that is kept for later copies.
+/// Returns an array on the device with the contents that `memory` has when the arrays in `after` are computed.
+mx::array from_host(std::shared_ptr<HostMemory> memory, mx::Shape shape, mx::Dtype dtype,
+                    const Arrays& after = {});
+
+/// Frees the host memory that is kept for later copies of this thread.
 void release_host_memory();
 
 }  // namespace segtrain

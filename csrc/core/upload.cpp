@@ -10,6 +10,7 @@
 
 #include "core/binding.h"
 #include "core/gpu.h"
+#include "core/offload.h"
 
 namespace segtrain {
 
@@ -20,31 +21,32 @@ namespace {
 constexpr size_t TURNS = 4;
 
 struct Buffer {
-  mx::array host;
+  std::shared_ptr<HostMemory> host;
   mx::array copy;  ///< the last device copy of `host`
 };
 
-/// Fills the next buffer of the right size and returns a copy of it on the device. If the previous copy of
-/// this buffer was never evaluated, a new buffer replaces the old one.
+/// Fills the next buffer of the right size, and starts to copy it to the device. The copies run on a stream of
+/// their own, so they need not wait for earlier kernels.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   static std::mutex lock;
-  static auto& buffers = *new std::map<size_t, std::deque<Buffer>>;  // by size; outlives MLX's statics
+  static auto& buffers = *new std::map<size_t, std::deque<Buffer>>;  // by size; outlives CUDA
   std::lock_guard guard(lock);
   const size_t room = std::bit_ceil(std::max<size_t>(count, 16));
   auto& own = buffers[room];
-  if (own.size() == TURNS && own.front().copy.status() == mx::array::Status::unscheduled) own.pop_front();
+  std::shared_ptr<HostMemory> host;
   if (own.size() < TURNS) {
-    const std::vector<T> zeros(room);  // MLX copies the zeros to host memory, which is then reused
-    const mx::array host(zeros.begin(), {static_cast<int>(room)});
-    own.push_front({host, host});
+    host = std::make_shared<HostMemory>(room * sizeof(T));
+  } else {
+    own.front().copy.wait();
+    host = own.front().host;
+    own.pop_front();
   }
-  auto [host, copy] = own.front();
-  own.pop_front();
-  copy.wait();
-  std::copy_n(numbers, count, host.data<T>());
-  own.push_back({host, mx::add(host, mx::array(T{0}), mx::Device::gpu)});
-  return mx::slice(own.back().copy, {0}, {static_cast<int>(count)}, mx::Device::gpu);
+  std::copy_n(numbers, count, reinterpret_cast<T*>(host->data()));
+  const auto copy = from_host(host, {static_cast<int>(room)}, mx::TypeToDtype<T>());
+  mx::async_eval({copy});
+  own.push_back({host, copy});
+  return mx::slice(copy, {0}, {static_cast<int>(count)}, mx::Device::gpu);
 }
 
 template <typename T>

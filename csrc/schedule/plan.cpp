@@ -238,7 +238,7 @@ std::vector<std::string> describe(const Plan& plan) {
     };
     numbers("saves in", move.saves);
     list("offloads", move.offloads, "; ");
-    list("leaves in host memory", move.leaves, "; ");
+    list("frees", move.leaves, "; ");
     list("fetches", move.returns, "; ");
     numbers("offloads the saves of", move.saves_leave);
     numbers("fetches the saves of", move.saves_return);

@@ -66,8 +66,12 @@ class Runner {
 
   /// Runs the moves before the head's move, and the stages that run together with the head.
   Arrays forward() {
-    for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_) finish(forward(plan_.moves[at_]));
+    for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_) {
+      fetch_ahead();
+      finish(forward(plan_.moves[at_]));
+    }
     const auto& move = plan_.moves[at_];
+    fetch_ahead();
     for (int i = move.begin; i < move.end; ++i) {
       kept_.push_back(run_stage(move, i));
       if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
@@ -85,6 +89,7 @@ class Runner {
     finish(head_ ? with_head(move) : with_cotangents(move, cotangents));
     for (++at_; at_ < plan_.moves.size(); ++at_) {
       const auto& next = plan_.moves[at_];
+      fetch_ahead();
       finish(next.kind == Move::Kind::forward ? forward(next) : backward(next));
     }
     settle(at_a_time_ == 1 ? 0 : at_a_time_);
@@ -112,7 +117,6 @@ class Runner {
     settle(at_a_time_ - 1);
     begin(made);
     offload_after(move);
-    if (at_ + 1 < plan_.moves.size()) fetch_before(plan_.moves[at_ + 1]);
     // Cotangents are not kept in `running_`, so that the next move can free the ones that it consumes.
     const bool has_grads =
         at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
@@ -136,11 +140,12 @@ class Runner {
     for (int stage : move.saves_leave) saved_[stage].clear();
   }
 
-  /// Starts to copy the arrays that a move needs back to the device. This is called while the move before it
-  /// runs.
-  void fetch_before(const Move& move) {
+  /// Starts to copy the arrays that the next move needs back to the device. This must happen before the current
+  /// move is launched, because MLX makes the host wait during the launch, so that at most ten graphs are queued.
+  void fetch_ahead() {
+    if (collects_kernels() || at_ + 1 == plan_.moves.size()) return;
+    const auto& move = plan_.moves[at_ + 1];
     Arrays arriving;
-    if (collects_kernels()) return;
     for (int value : move.returns) arriving.push_back(*(values_[value] = fetch(*offloaded_values_[value])));
     for (int stage : move.saves_return) {
       for (const auto& copy : offloaded_saves_[stage]) saved_[stage].push_back(fetch(copy));

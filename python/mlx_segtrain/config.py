@@ -638,6 +638,7 @@ def allowed(name: str, value: Any = None) -> str:
 #: For each field, its names in other trainers. If a configuration uses one of them, the error
 #: message suggests the field.
 ELSEWHERE_CALLED: dict[str, str] = {
+    "activation_offloading": "enable_activation_offloading offload offloading",
     "adapter_path": "adapter output output_dir out out_dir save_path",
     "batch_size": "bs micro_batch_size per_device_train_batch_size train_batch_size",
     "data_dir": "data dataset dataset_name dataset_path train_file training_data",

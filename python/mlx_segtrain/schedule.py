@@ -30,7 +30,8 @@ class Stage:
 
     If `saves` is True, the function has two more parameters. With `save=True`, it also returns a
     list of arrays after the values that it writes. When the stage is recomputed for its gradient,
-    the function receives this list as `saved`.
+    the function receives this list as `saved`. Other stages can save the low-rank products of their
+    linear layers (see KeptProducts in csrc/ops/linear/joint_linear.h).
 
     Stages with the same `owner` share the parameters that are stored under this name, and their
     gradients are added. By default the owner is the name of the stage.
@@ -207,8 +208,13 @@ def passes_of(
         fn: Callable[..., Any], keys: list[str], saves: bool = False
     ) -> Callable[..., list[mx.array]]:
         def run(params: Any, reads: Any, saved: Any = (), save: bool = False) -> list[mx.array]:
-            more: dict[str, Any] = {"saved": saved, "save": save} if saves else {}
-            return list(_tuple(fn(dict(zip(keys, params, strict=True)), *reads, **more)))
+            own = dict(zip(keys, params, strict=True))
+            if saves:
+                return list(_tuple(fn(own, *reads, saved=saved, save=save)))
+            if not saved and not save:
+                return list(_tuple(fn(own, *reads)))
+            out, made = _core.keeping_products(saved, lambda: list(_tuple(fn(own, *reads))))
+            return [*out, *made]
 
         return run
 

@@ -39,6 +39,8 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
   const bool same = linears.size() == 2;
   const int groups = linears.size() == 1 ? 0 : c.groups, given = c.heads + (same ? 1 : 2) * groups;
   const int at_once = c.D <= 128 ? 4 : c.D <= 256 ? 2 : 1;  // each lane keeps its elements in registers
+  // Neighbouring slots are read and written together if their elements are neighbours, too.
+  const bool pairs = c.D == 128 && c.dims % 4 == 0 && !c.traditional && x.dtype() != mx::float32;
   const mx::Shape of_q{c.B, c.heads, c.T, c.D}, of_k{c.B, groups, c.T, c.D};
   const auto at = device_ints({c.B, c.T, c.heads, groups, c.dims, c.offset});
   int bits = 0;
@@ -58,25 +60,28 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
   const Template arguments{{"T", x.dtype()},
                            {"D", c.D},
                            {"NORMS", bits},
-                           {"AT_ONCE", at_once},
                            {"SAME", same},
                            {"TRADITIONAL", c.traditional},
+                           {"PAIRS", pairs},
                            {"PACKED", c.segments.has_value()}};
-  auto run = [=](const char* name, int heads, std::map<std::string, mx::array> arrays,
+  auto run = [=](const char* name, int heads, int at_once, std::map<std::string, mx::array> arrays,
                  std::vector<mx::Shape> shapes) {
     const auto any = arrays.begin()->second;
     arrays.insert(values.begin(), values.end());
     for (const char* weight : names) arrays.insert({weight, any});
     const std::vector<mx::Dtype> dtypes(shapes.size(), x.dtype());
     const Grid grid{{tiles(c.B * c.T, WARPS), tiles(heads, at_once), 1}, 32 * WARPS};
-    return launch(name, arrays, shapes, dtypes, arguments, grid, c.s);
+    auto own = arguments;
+    own.push_back({"AT_ONCE", at_once});
+    return launch(name, arrays, shapes, dtypes, own, grid, c.s);
   };
   auto split = [=](const mx::array& y) {
-    if (!groups) return run("heads_of_q", c.heads, {{"joint", y}}, {of_q});
-    return run("heads", c.heads + 2 * groups, {{"joint", y}}, {of_q, of_k, of_k});
+    if (!groups) return run("heads_of_q", c.heads, at_once, {{"joint", y}}, {of_q});
+    return run("heads", c.heads + 2 * groups, at_once, {{"joint", y}}, {of_q, of_k, of_k});
   };
   auto join = [=](const Arrays& d, const std::optional<mx::array>& y) {
-    return run("heads_vjp", given,
+    // A lane keeps one head at a time. The angles of a token are computed once for all of these heads.
+    return run("heads_vjp", given, 2 * at_once,
                {{"joint", y.value_or(d[0])}, {"q", d[0]}, {"k", d[groups ? 1 : 0]}, {"v", d[groups ? 2 : 0]}},
                {{c.B * c.T, given * c.D}})[0];
   };

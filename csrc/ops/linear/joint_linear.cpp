@@ -1,5 +1,7 @@
 #include "ops/linear/joint_linear.h"
 
+#include "core/binding.h"
+
 #include "core/gpu.h"
 
 namespace segtrain {
@@ -23,7 +25,29 @@ int rank_of(const Linear& linear) {
   return linear.a ? linear.a->shape(1) : 0;
 }
 
+thread_local KeptProducts* kept_products = nullptr;
+
 }  // namespace
+
+KeptProducts::KeptProducts(Arrays given) : given_(std::move(given)), outer_(kept_products) {
+  kept_products = this;
+}
+
+KeptProducts::~KeptProducts() {
+  kept_products = outer_;
+}
+
+mx::array KeptProducts::exchange(const mx::array& z) {
+  auto* own = kept_products;
+  if (!own) return z;
+  if (own->given_.empty()) {
+    own->made.push_back(z);
+    return z;
+  }
+  check(own->next_ < own->given_.size() && own->given_[own->next_].shape() == z.shape(),
+        "[lora_linear] the kept products do not fit the layers that use them.");
+  return own->given_[own->next_++];
+}
 
 std::string JointLinear::unfit(const std::vector<Linear>& linears, int rows, mx::Dtype dtype,
                                mx::StreamOrDevice s) {
@@ -72,7 +96,7 @@ std::pair<mx::array, mx::array> JointLinear::product(const mx::array& x, bool tr
                                                      const mx::array& beside, const mx::array& other) const {
   const int m = x.shape(0), in = transpose ? k_ : n_, out = transpose ? n_ : k_;
   const Template arguments{{"T", dtype_}, {"R", r_}};
-  const int at_once = r_ == 16 ? 4 : 1;  // with a larger R, 4 blocks need too many registers
+  const int at_once = r_ <= 48 ? 2 : 1;  // with a larger R, 2 blocks need too many registers
   const bool sum = in <= out, columns = sum == transpose;
   auto w = unpack(bases_, dtype_, columns ? std::optional(beside) : std::nullopt,
                   columns ? std::nullopt : std::optional(beside), s_);
@@ -80,7 +104,7 @@ std::pair<mx::array, mx::array> JointLinear::product(const mx::array& x, bool tr
   if (sum) {
     auto wide = launch("low_rank_widen", {{"x", x}, {"l", other}, {"at", device_ints({m, in})}},
                        {{m, in + r_}, {m, r_}}, {dtype_, dtype_}, arguments,
-                       {{tiles(m, 16), 1, 1}, 256, 0, at_once}, s_);
+                       {{tiles(m, 32), 1, 1}, 256, 0, at_once}, s_);
     return {mx::matmul(wide[0], w, s_), wide[1]};
   }
   auto both =
@@ -123,8 +147,9 @@ JointLinear::Forward JointLinear::forward(const mx::array& x, const Arrays& ab) 
              std::vector<mx::Dtype>(3, dtype_), {{"T", dtype_}, {"R", r_}, {"OF_A", of_a}},
              {{tiles(k_ + n_, 256), r_ / 8, 1}, 256}, s_);
   const auto &a_rows = made[0], &b_columns = made[1], &back = made[2];
-  auto [y, z] = k_ <= n_ ? product(x, true, b_columns, a_rows) : product(x, true, a_rows, b_columns);
-  return {with_bias(y), {z, of_a ? b_columns : a_rows, back}};
+  const bool wider = k_ > n_;
+  auto [y, z] = wider ? product(x, true, a_rows, b_columns) : product(x, true, b_columns, a_rows);
+  return {with_bias(y), {wider ? KeptProducts::exchange(z) : z, of_a ? b_columns : a_rows, back}};
 }
 
 JointLinear::Backward JointLinear::dx(const mx::array& dy, const Arrays& kept) const {
@@ -180,5 +205,18 @@ Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears, con
   };
   return with_vjp(primals_of(x, linears), parts.n, forward, vjp);
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def(
+      "keeping_products",
+      [](const Arrays& given, const std::function<Arrays()>& run) {
+        KeptProducts kept(given);
+        auto out = run();
+        return std::pair(out, kept.made);
+      },
+      "given"_a, "run"_a,
+      "Calls `run`, and returns its arrays and the arrays that recomputing them can reuse. If `given` contains "
+      "such arrays of an earlier call, uses them instead of recomputing them.");
+});
 
 }  // namespace segtrain

@@ -59,6 +59,29 @@ class JointLinear {
   mx::StreamOrDevice s_;
 };
 
+/// Keeps the arrays z that only a product with the whole weight yields (those of layers whose input is wider
+/// than their output), so that a stage that is recomputed for its backward pass need not repeat these products.
+///
+/// While an instance exists, the layers that run on this thread append their z to `made` or, if `given` is not
+/// empty, take their z from `given`, in the same order.
+class KeptProducts {
+ public:
+  explicit KeptProducts(Arrays given);
+  ~KeptProducts();
+  KeptProducts(const KeptProducts&) = delete;
+  KeptProducts& operator=(const KeptProducts&) = delete;
+
+  /// Returns the kept array instead of z if there is one, and keeps z otherwise.
+  static mx::array exchange(const mx::array& z);
+
+  Arrays made;
+
+ private:
+  Arrays given_;
+  size_t next_ = 0;
+  KeptProducts* outer_;
+};
+
 /// `split` computes `n` arrays from y, the joint output of linear layers. `join` computes the gradient of y
 /// from the gradients of these arrays. If `keeps_y` is set, y is kept for the backward pass and passed to
 /// `join`.

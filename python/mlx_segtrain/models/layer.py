@@ -21,11 +21,17 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: The number of rows that an MLP computes at a time. With more tokens than this, the memory of the
-#: MLP does not grow further, but its first matrix multiplication runs twice, even if the plan keeps
-#: all values. The number must not depend on the plan, because it affects the order in which rows
-#: are summed, and thus the last bits of the results.
-MLP_ROWS = 16384
+
+def mlp_rows(width: int) -> int:
+    """Returns the number of rows that an MLP with this intermediate size computes at a time.
+
+    With more tokens than this, the memory of the MLP does not grow further, but its first matrix
+    multiplication runs twice, even if the plan keeps all values. The number must not depend on the
+    plan, because it affects the order in which rows are summed, and thus the last bits of the
+    results.
+    """
+    return 32768 if width <= 5120 else 16384
+
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
 PROJECTIONS = (
@@ -281,7 +287,8 @@ class Mlp:
         projections = (self.gate, self.up, self.down)
         if linears.plain(*projections):
             whole = map(linears.of, projections)
-            return ops.lora_glu_mlp(x, *whole, gelu=self.gelu, tile_rows=MLP_ROWS)
+            rows = mlp_rows(self.down.base.in_dims)
+            return ops.lora_glu_mlp(x, *whole, gelu=self.gelu, tile_rows=rows)
         gate, up = linears(x, self.gate, self.up)
         return linears((ops.geglu if self.gelu else ops.swiglu)(gate, up), self.down)[0]
 

@@ -110,8 +110,9 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
         text += f" of {max(whole)} layers a second time"
     if single := len(groups) - len(whole):
         text += f", attention of {named(single)} a second time"
-    if cuts.saves:
-        text += f", attention output kept in {named(len(cuts.saves))}"
+    # The stages of MLPs, which are the last stages of their layers, save only a few numbers.
+    if attention := sum(stage + 1 not in layers for stage in cuts.saves):
+        text += f", attention output kept in {named(attention)}"
     if kept:
         text += f", no recomputation in the last {named(kept)}"
     if cuts.offloaded:

@@ -17,7 +17,7 @@ from .. import _core
 from ..models.chain import HEAD_ROWS
 from ..models.form import LayerForm, StageForm
 from ..models.headers import ModelShape
-from ..models.layer import MLP_ROWS
+from ..models.layer import mlp_rows
 from ..streams import BatchShape, StreamShape, head_reads
 
 Device = _core.Device
@@ -254,7 +254,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     dora = batch.dora and stage.parameters > 0
     in_parts = batch.dropout or dora  # the fused op does not support these
     op = _core.lora_glu_mlp_cost(
-        device, rows=tokens, inputs=h, hidden=f, tile_rows=None if in_parts else MLP_ROWS
+        device, rows=tokens, inputs=h, hidden=f, tile_rows=None if in_parts else mlp_rows(f)
     )
     own = 4 * layer.own_input + (2 * h if layer.own_input else 0)
     experts = 6 * layer.experts
@@ -278,12 +278,22 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     product = 2.0 * tokens * h * f
     rest = 4.0 * tokens * h * layer.own_input + 3 * 2.0 * tokens * h * layer.experts
     again, back = (2, 3) if op.kept else (0, 5)
+    # On CUDA, the low-rank product z of `down` is computed as a part of the product with the whole weight, so
+    # this product is repeated, too, unless z is saved.
+    whole = device.name == "cuda" and stage.parameters > 0 and not in_parts and f > h
+    rank = -(-stage.parameters // (3 * (f + h)) // 16) * 16
+    savable = whole and op.kept > 0
+    again, back = again + whole * (op.kept > 0), back + whole * (op.kept == 0)
     return stage.cost(
         writes=[tokens * h * size],
         forward=forward,
         backward=backward,
         kept=kept,
-        work=(3 * product + rest, again * product + rest, 0.0, back * product + rest),
+        saved=savable * int(tokens * rank * size),
+        work=(
+            *(3 * product + rest, again * product + rest),
+            *(savable * product, back * product + rest),
+        ),
     )
 
 
