@@ -78,13 +78,14 @@ def link(arguments: list[str]) -> list[str | Path]:
             kept.append(argument)
     objects = [Path(str(x)) for x in kept if str(x).endswith(".o")]
     objects += (BUILD / "cmake" / "CMakeFiles" / "nanobind-static.dir").rglob("*.o")
-    # Apple's linker rejects a symbol that two files define, but zig's linker finds only some of them.
+    # Apple's linker rejects a symbol that two files define. Zig's linker finds only some of them.
     times = Counter(x for file in objects for x in definitions(file))
     if twice := sorted(x for x, n in times.items() if n > 1):
         sys.exit(f"duplicate symbol definition: {', '.join(twice)}")
     cpython = sorted({x for x in python if x != "-U"})
     kept += [stand_in(folder, "/Python.dylib", cpython), stand_in(folder, LIBCXX, libcxx(objects))]
-    return zig("c++", "-target", TARGET, "-nostdlib++", *kept)
+    # Otherwise zig would first compile a library for checks that the objects do not contain.
+    return zig("c++", "-target", TARGET, "-nostdlib++", "-fno-sanitize=undefined", *kept)
 
 
 def command_of(arguments: list[str]) -> list[str | Path]:
