@@ -100,7 +100,7 @@ Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx:
                                 std::make_shared<DryKernel>(mx::to_stream(s), name), inputs);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding dry_run_binding([](nb::module_& m) {
   nb::class_<MetalLaunch>(m, "MetalLaunch", "A launch of a kernel on Metal; see csrc/core/gpu.h.")
       .def_ro("name", &MetalLaunch::name)
       .def_ro("source", &MetalLaunch::source)

@@ -43,7 +43,7 @@ std::terminate_handler before = nullptr;
 
 }  // namespace
 
-const Binding binding([](nb::module_& m) {
+const Binding failures_binding([](nb::module_& m) {
   before = std::set_terminate(say_and_end);
   m.def("explain_failure", &explained, "what"_a,
         "Returns a sentence that explains MLX's message about a failed command buffer on Metal, or an empty "

@@ -33,7 +33,7 @@ mx::array join(const Arrays& arrays, mx::StreamOrDevice s) {
   return joined.size() == 1 ? joined[0] : mx::concatenate(joined, 0, s);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding join_binding([](nb::module_& m) {
   m.def("join", &join, "arrays"_a, nb::kw_only(), "stream"_a = nb::none(),
         "Concatenates the elements of all arrays into one float32 vector.");
 });

@@ -65,7 +65,7 @@ mx::array upload(const std::vector<float>& numbers) {
   return upload(numbers.data(), numbers.size());
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding upload_binding([](nb::module_& m) {
   using Numbers = nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>;
   m.def(
       "upload",

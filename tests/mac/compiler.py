@@ -8,10 +8,11 @@ MLX's wheels for the same macOS version need, and a few older symbols.
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from .machine import BUILD, HERE, MACOS, SITE, environment, zig
-from .macho import symbols
+from .macho import definitions, symbols
 
 TARGET = f"aarch64-macos.{MACOS}"
 #: If this macro is 1, functions that are newer than the target macOS have availability attributes.
@@ -77,9 +78,14 @@ def link(arguments: list[str]) -> list[str | Path]:
             kept.append(argument)
     objects = [Path(str(x)) for x in kept if str(x).endswith(".o")]
     objects += (BUILD / "cmake" / "CMakeFiles" / "nanobind-static.dir").rglob("*.o")
+    # Apple's linker rejects a symbol that two files define. Zig's linker finds only some of them.
+    times = Counter(x for file in objects for x in definitions(file))
+    if twice := sorted(x for x, n in times.items() if n > 1):
+        sys.exit(f"duplicate symbol definition: {', '.join(twice)}")
     cpython = sorted({x for x in python if x != "-U"})
     kept += [stand_in(folder, "/Python.dylib", cpython), stand_in(folder, LIBCXX, libcxx(objects))]
-    return zig("c++", "-target", TARGET, "-nostdlib++", *kept)
+    # Otherwise zig would first compile a library for checks that the objects do not contain.
+    return zig("c++", "-target", TARGET, "-nostdlib++", "-fno-sanitize=undefined", *kept)
 
 
 def command_of(arguments: list[str]) -> list[str | Path]:

@@ -59,7 +59,11 @@ def compile_commands() -> dict[Path, list[str]]:
     commands = {}
     for entry in json.loads((CMAKE / "compile_commands.json").read_text()):
         arguments = shlex.split(entry["command"])[1:]
-        commands[Path(entry["file"])] = arguments[: arguments.index("-o")]
+        file = Path(entry["file"])
+        # CMake generates a file that includes all files that are compiled as one.
+        included = re.findall(r'^#include "(.+)"', file.read_text(), re.M)
+        for source in included if file.parent.name == "Unity" else [file]:
+            commands[Path(source)] = arguments[: arguments.index("-o")]
     return commands
 
 

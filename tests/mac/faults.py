@@ -142,10 +142,10 @@ SYMBOLS = [
         "undefined symbol: __ZN8segtrain3cpu9rows_avx2E",
     ),
     Symbol(
-        "missing source file",
+        "missing source files",
         "",
-        "undefined symbol: __ZN8segtrain4rope",
-        "CMakeFiles/_core.dir/csrc/ops/rope/rope.cpp.o",
+        "undefined symbol: __ZN8segtrain8describe",
+        "CMakeFiles/_core.dir/Unity/unity_group_schedule_cxx.cxx.o",
     ),
     Symbol(
         "missing library",

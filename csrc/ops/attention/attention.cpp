@@ -368,7 +368,7 @@ std::string attention_way(const std::string& device, int head, mx::Dtype dtype, 
   return planned_way(on, planned_call(on, 1, 1, 1, head, T, T, 0, false));
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding attention_binding([](nb::module_& m) {
   nb::class_<AttentionOptions>(m, "AttentionOptions",
                                "Defines which keys a query sees, and how scores are scaled and capped.")
       .def(nb::init<float, std::optional<int>, std::optional<Ranges>, std::optional<float>,

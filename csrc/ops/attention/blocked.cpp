@@ -200,7 +200,7 @@ mx::array to_heads(const mx::array& x, const Block& b, const Call& c) {
   return mx::reshape(x, {c.B, c.H, b.q1 - b.q0, x.shape(5)}, c.s);
 }
 
-Arrays forward(const Call& c, const Arrays& x) {
+Arrays blocked_forward(const Call& c, const Arrays& x) {
   auto all = blocks(c);
   auto q = widen(x[0], 0, all.more_queries, c);
   auto k = widen(x[1], all.keys_before, all.keys_behind, c),
@@ -244,7 +244,8 @@ class KeySum {
   mx::array sum_;
 };
 
-Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_out, const mx::array& o, const mx::array& lse) {
+Arrays blocked_vjp(const Call& c, const Arrays& x, const mx::array& d_out, const mx::array& o,
+                   const mx::array& lse) {
   auto all = blocks(c);
   auto q = widen(x[0], 0, all.more_queries, c);
   auto q_scaled = mx::multiply(f32(q, c.s), mx::array(c.scale), c.s);
@@ -275,6 +276,6 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_out, const mx::arr
 
 }  // namespace
 
-const AttentionWay blocked_attention{forward, vjp};
+const AttentionWay blocked_attention{blocked_forward, blocked_vjp};
 
 }  // namespace segtrain

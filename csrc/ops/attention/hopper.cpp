@@ -100,7 +100,7 @@ Template template_of(const Call& c) {
   return {{"T", c.dtype}, {"D", c.D}, {"DV", c.Dv}, {"CAP", c.cap > 0}, {"MOST", most_columns(c)}};
 }
 
-Arrays forward(const Call& c, const Arrays& x) {
+Arrays hopper_forward(const Call& c, const Arrays& x) {
   if (fused_forward_fits(c)) return fused_forward(c, x);
   auto values = values_of(c, x);
   values.insert({"at", at_of(c, {}, false)});
@@ -108,7 +108,8 @@ Arrays forward(const Call& c, const Arrays& x) {
                 template_of(c), {{tiles(c.T, 64) * c.B * c.H, 1, 1}, 256, forward_bytes(c), 1}, c.s);
 }
 
-Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
+Arrays hopper_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
+                  const mx::array& lse) {
   if (fused_vjp_fits(c)) return fused_vjp(c, x, d_o, o, lse);
   const auto args = template_of(c);
   auto with_blocks = [&](int n) {
@@ -173,6 +174,6 @@ std::string hopper_attention_unfit(const Call& c) {
   return fits ? "" : "it supports head sizes in multiples of 8 up to 512";
 }
 
-const AttentionWay hopper_attention{forward, vjp};
+const AttentionWay hopper_attention{hopper_forward, hopper_vjp};
 
 }  // namespace segtrain

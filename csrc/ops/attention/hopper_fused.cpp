@@ -7,7 +7,7 @@ namespace segtrain {
 
 namespace {
 
-constexpr int ALIGN = 1024, BARRIERS = 256, BK = 128;
+constexpr int FUSED_ALIGN = 1024, BARRIERS = 256, BK = 128;
 
 /// Launch parameters for a head size. They must have the same values as in the structs Forward and Backward
 /// of the kernel source, which checks this.
@@ -21,13 +21,13 @@ int padded(int D) {
 
 Launch forward_launch(int D) {
   const int groups = D <= 64 ? 3 : 2, bq = 64 * groups, bk = D <= 128 ? 128 : 64;
-  return {bq, 128 * (groups + 1), ALIGN + (bq + 4 * bk) * padded(D) * 2 + BARRIERS};
+  return {bq, 128 * (groups + 1), FUSED_ALIGN + (bq + 4 * bk) * padded(D) * 2 + BARRIERS};
 }
 
 Launch backward_launch(int D) {
   const int bq = D <= 64 ? 128 : 64, rows = 2 * BK + 5 * bq;
   return {bq, 384,
-          ALIGN + rows * padded(D) * 2 + 2 * BK * bq * 2 + bq * padded(D) * 4 + 8 * bq * 4 + BARRIERS};
+          FUSED_ALIGN + rows * padded(D) * 2 + 2 * BK * bq * 2 + bq * padded(D) * 4 + 8 * bq * 4 + BARRIERS};
 }
 
 /// The total number of query tiles of all query heads, and of key tiles of all key/value heads.
@@ -37,17 +37,17 @@ struct Tiles {
       : queries(c.B * c.H * tiles(c.T, backward_launch(c.D).bq)), keys(c.B * c.G * tiles(c.S, BK)) {}
 };
 
-Template template_of(const Call& c) {
+Template fused_template_of(const Call& c) {
   return {{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
 }
 
 Template with_rows(const Call& c, const Launch& l) {
-  auto all = template_of(c);
+  auto all = fused_template_of(c);
   all.push_back({"ROWS", l.bq});
   return all;
 }
 
-std::map<std::string, mx::array> values_of(const Call& c, const Arrays& x) {
+std::map<std::string, mx::array> fused_values_of(const Call& c, const Arrays& x) {
   return {{"q", x[0]},
           {"k", x[1]},
           {"v", x[2]},
@@ -68,7 +68,7 @@ bool fused_vjp_fits(const Call& c) {
 
 Arrays fused_forward(const Call& c, const Arrays& x) {
   const auto l = forward_launch(c.D);
-  return launch("attention_fused", values_of(c, x), {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.T}},
+  return launch("attention_fused", fused_values_of(c, x), {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.T}},
                 {c.dtype, mx::float32}, with_rows(c, l),
                 {{tiles(c.T, l.bq) * c.B * c.H, 1, 1}, l.threads, l.bytes}, c.s);
 }
@@ -78,11 +78,11 @@ Arrays fused_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx:
   const auto l = backward_launch(c.D);
   const Tiles all(c);
   const int of_query = l.bq * padded(c.D), of_key = BK * padded(c.D);
-  auto values = values_of(c, x);
+  auto values = fused_values_of(c, x);
   values.insert({{"lse", lse}, {"o", o}, {"d_o", mx::astype(d_o, c.dtype, c.s)}});
   auto begun =
       launch("attention_fused_begin", values, {{c.B, c.H, c.T}, {1 + all.queries + all.keys}},
-             {mx::float32, mx::int32}, template_of(c), {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s);
+             {mx::float32, mx::int32}, fused_template_of(c), {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s);
   values.insert({{"delta", begun[0]}, {"counts", begun[1]}});
   auto sums =
       launch("attention_fused_vjp", values, {{all.queries, of_query}, {all.keys, of_key}, {all.keys, of_key}},
@@ -92,7 +92,7 @@ Arrays fused_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx:
   const int jobs = all.queries * (of_query / 4096) + 2 * all.keys * (of_key / 4096);
   mx::Shape keys{c.B, c.G, c.S, c.D};
   return launch("attention_fused_round", values, {{c.B, c.H, c.T, c.D}, keys, keys},
-                {c.dtype, c.dtype, c.dtype}, template_of(c), {{jobs, 1, 1}, 256}, c.s);
+                {c.dtype, c.dtype, c.dtype}, fused_template_of(c), {{jobs, 1, 1}, 256}, c.s);
 }
 
 int64_t fused_vjp_scratch(const Call& c) {

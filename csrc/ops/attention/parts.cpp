@@ -124,7 +124,7 @@ Call of_groups(const Call& c, int groups) {
   return own;
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding parts_binding([](nb::module_& m) {
   m.def(
       "set_longest_launch", [](double seconds) { return longest.exchange(seconds); }, "seconds"_a,
       "Sets the maximum predicted time, in seconds on an M1, of an attention launch on Metal, and returns "

@@ -9,7 +9,7 @@ namespace segtrain {
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int EMBEDDING_THREADS = 256;
 
 /// Columns [begin, end) of the rows of `table` whose indices are in `index`.
 struct Rows {
@@ -100,7 +100,7 @@ mx::array embedded_rows(const Base& table, const mx::array& index, int begin, st
   const auto c = checked("embedded_rows", table, index, begin, end, s);
   const Way kernel = gpu_kernel("embedded_rows", unfit(c));
   if (choose("embedded_rows", impl, {kernel, {"stock", true, ""}}) == "stock") return stock(c, factor);
-  const Grid grid{{tiles(c.count() * (c.columns() / 8), THREADS), 1, 1}, THREADS};
+  const Grid grid{{tiles(c.count() * (c.columns() / 8), EMBEDDING_THREADS), 1, 1}, EMBEDDING_THREADS};
   return run(c, "embedded_rows", {}, {factor}, grid);
 }
 
@@ -115,7 +115,8 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
   auto reason = unfit(c);
   if (x.dtype() != c.dtype() || weight.dtype() != c.dtype())
     reason = "x, weight and table must have the same dtype";
-  if (c.columns() > 8 * THREADS) reason = "x has more columns than " + std::to_string(8 * THREADS);
+  if (c.columns() > 8 * EMBEDDING_THREADS)
+    reason = "x has more columns than " + std::to_string(8 * EMBEDDING_THREADS);
   if (choose("own_input", impl, {gpu_kernel("own_input", reason), {"stock", true, ""}}) == "stock") {
     auto times = [&](const mx::array& y, float factor) {
       return mx::multiply(y, mx::array(factor, y.dtype()), s);
@@ -127,7 +128,7 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
   return run(c, "own_input", values, factors, {{c.count(), 1, 1}, tiles(c.columns(), 8 * 32) * 32});
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding embedding_binding([](nb::module_& m) {
   m.def("embedded_rows", &embedded_rows, "table"_a, "index"_a, nb::kw_only(), "begin"_a = 0,
         "end"_a = nb::none(), "factor"_a = 1.0f, "impl"_a = "auto", "stream"_a = nb::none(),
         "Returns columns [begin, end) of the rows at `index`, times `factor`. index [...] → [..., end − "

@@ -48,12 +48,12 @@ Arrays cpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
 
 // ---- GPU
 
-constexpr int THREADS = 256;
+constexpr int GLU_THREADS = 256;
 constexpr int OF_A_THREAD_METAL = 4, OF_A_THREAD_CUDA = 8;  ///< elements per thread
 
 /// Returns the number of thread groups; n may be INT_MAX.
 int groups_for(int n, int of_a_thread) {
-  return (n - 1) / (THREADS * of_a_thread) + 1;
+  return (n - 1) / (GLU_THREADS * of_a_thread) + 1;
 }
 
 std::string gpu_unfit(size_t n) {
@@ -74,7 +74,7 @@ Arrays gpu_launch(const Glu& c, const std::string& name, std::map<std::string, m
   Template arguments{{"T", dtype}, {"GELU", c.gelu}};
   if (metal) arguments.push_back({"PER", OF_A_THREAD_METAL});
   return launch(name, values, std::vector<mx::Shape>(n_outputs, shape),
-                std::vector<mx::Dtype>(n_outputs, dtype), arguments, {{groups, 1, 1}, THREADS}, c.s);
+                std::vector<mx::Dtype>(n_outputs, dtype), arguments, {{groups, 1, 1}, GLU_THREADS}, c.s);
 }
 
 Arrays gpu_forward(const Glu& c, const Arrays& x) {
@@ -94,7 +94,7 @@ mx::array joint_launch(const std::string& name, bool gelu, std::map<std::string,
   int f = gate_up.shape(1) / 2, n = gate_up.shape(0) * f;
   values.insert({"at", device_ints({n, f})});
   return launch(name, values, {shape}, {dtype}, {{"T", dtype}, {"GELU", gelu}},
-                {{groups_for(n, OF_A_THREAD_CUDA), 1, 1}, THREADS}, s)[0];
+                {{groups_for(n, OF_A_THREAD_CUDA), 1, 1}, GLU_THREADS}, s)[0];
 }
 
 // ---- stock
@@ -171,7 +171,7 @@ mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& i
   return glu("geglu", true, gate, up, impl, s);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding glu_binding([](nb::module_& m) {
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
   m.def("geglu", &geglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),

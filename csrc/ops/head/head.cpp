@@ -187,7 +187,7 @@ OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
 
 }  // namespace
 
-const Binding binding([](nb::module_& m) {
+const Binding head_binding([](nb::module_& m) {
   m.def("head_cost", &head_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "vocabulary"_a,
         "Returns the memory that linear_cross_entropy or linear_log_probs needs on a device for this number "
         "of rows with a target.");

@@ -97,7 +97,7 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
   return op({h})[0];
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding linear_cross_entropy_binding([](nb::module_& m) {
   m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
         nb::kw_only(), "softcap"_a = nb::none(), "label_smoothing"_a = 0.0f, "needs_grad"_a = true,
         "padded"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),

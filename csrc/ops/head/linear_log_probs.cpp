@@ -91,7 +91,7 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
                             s);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding linear_log_probs_binding([](nb::module_& m) {
   m.def("linear_log_probs", &linear_log_probs, "h"_a, "head"_a, "targets"_a, nb::kw_only(),
         "softcap"_a = nb::none(), "needs_grad"_a = true, "padded"_a = true, "impl"_a = "auto",
         "stream"_a = nb::none(), "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");

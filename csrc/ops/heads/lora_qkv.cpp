@@ -146,7 +146,7 @@ mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s) {
   return op({o})[0];
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding lora_qkv_binding([](nb::module_& m) {
   nb::class_<HeadNorm>(m, "HeadNorm", "The RMS norm of a head: weight [D], frozen.")
       .def(nb::init<mx::array, float>(), "weight"_a, "eps"_a)
       .def_ro("weight", &HeadNorm::weight)

@@ -237,7 +237,7 @@ bool is_bfloat16_products() {
   return cpu::rounds_products();
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding base_binding([](nb::module_& m) {
   m.def("has_bfloat16_products", &has_bfloat16_products,
         "Returns whether this machine's CPU has the instructions (AVX512-BF16) for set_bfloat16_products.");
   m.def("set_bfloat16_products", &set_bfloat16_products, "on"_a,

@@ -217,7 +217,7 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
   return own->linears(inputs, std::move(shapes), s);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding decode_linears_binding([](nb::module_& m) {
   nb::class_<DecodeLinears>(
       m, "DecodeLinears",
       "Linear layers that read the same few rows in a decoding step. Each layer has the low-rank updates of "

@@ -173,7 +173,7 @@ int64_t dropout_bytes(const Device& device, int64_t numbers) {
 
 }  // namespace
 
-const Binding binding([](nb::module_& m) {
+const Binding lora_linear_binding([](nb::module_& m) {
   m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
         "Returns the memory that linear layers with this total number of outputs need on a device.");
   m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,

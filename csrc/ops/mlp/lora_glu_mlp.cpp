@@ -183,7 +183,7 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
 
 }  // namespace
 
-const Binding binding([](nb::module_& m) {
+const Binding lora_glu_mlp_binding([](nb::module_& m) {
   m.def("lora_glu_mlp_cost", &lora_glu_mlp_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "hidden"_a,
         "tile_rows"_a = nb::none(), "Returns the memory that lora_glu_mlp needs on a device.");
   m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,

@@ -148,7 +148,7 @@ mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& 
       })({h, x})[0];
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding norm_binding([](nb::module_& m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
   m.def("rms_norm_beside", &rms_norm_beside, "h"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",

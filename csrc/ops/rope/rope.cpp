@@ -43,7 +43,7 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
   });
 }
 
-constexpr int THREADS = 256;  ///< threads per group
+constexpr int ROPE_THREADS = 256;  ///< threads per group
 
 /// The parameters of a rotation, except x and the divisors.
 struct Rope {
@@ -83,14 +83,14 @@ mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
   mx::Shape shape = back ? mx::Shape{B, T, H, D} : x.shape();
   auto y = launch("rope", values, {shape}, {x.dtype()},
                   {{"T", x.dtype()}, {"TRADITIONAL", c.traditional}, {"BACK", back}},
-                  {{tiles(B * H * T * items, THREADS), 1, 1}, THREADS}, c.s)[0];
+                  {{tiles(B * H * T * items, ROPE_THREADS), 1, 1}, ROPE_THREADS}, c.s)[0];
   return back ? by_token(y) : y;
 }
 
 std::string gpu_unfit(const mx::array& x) {
   if (x.size() == 0) return "x is empty";
   // The number of threads, rounded up to whole groups, must fit in an int.
-  return x.size() > INT_MAX - THREADS ? "it supports x of up to 2³¹ − 257 elements" : "";
+  return x.size() > INT_MAX - ROPE_THREADS ? "it supports x of up to 2³¹ − 257 elements" : "";
 }
 
 /// freqs[i] = base^(2i / dims)
@@ -148,7 +148,7 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   return op({x})[0];
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding rope_binding([](nb::module_& m) {
   m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
         "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "segments"_a = nb::none(),
         "impl"_a = "auto", "stream"_a = nb::none(), "Applies rotary embeddings. x [B,H,T,D] → [B,H,T,D].");

@@ -7,7 +7,7 @@ namespace segtrain {
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int ROWS_THREADS = 256;
 
 /// Launches take_rows (x [n, W], index [m] → [m, W]) or put_rows, its gradient (dy [m, W], index [m] → dx [n,
 /// W]).
@@ -16,8 +16,8 @@ mx::array cuda_rows(const char* kernel, const mx::array& x, const mx::array& ind
   const int W = x.shape(1);
   const std::map<std::string, mx::array> values{
       {"x", x}, {"index", mx::astype(index, mx::int32, s)}, {"at", device_ints({index.shape(0), W})}};
-  return launch(kernel, values, {{blocks, W}}, {x.dtype()}, {{"T", x.dtype()}}, {{blocks, 1, 1}, THREADS},
-                s)[0];
+  return launch(kernel, values, {{blocks, W}}, {x.dtype()}, {{"T", x.dtype()}},
+                {{blocks, 1, 1}, ROWS_THREADS}, s)[0];
 }
 
 std::string unfit(const mx::array& x, const mx::array& index) {
@@ -46,7 +46,7 @@ mx::array take_rows(const mx::array& x, const mx::array& index, const std::strin
   return mx::reshape(op({mx::reshape(x, {n, static_cast<int>(x.size() / n)}, s)})[0], shape, s);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding rows_binding([](nb::module_& m) {
   m.def("take_rows", &take_rows, "x"_a, "index"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "x[index]. x [N, ...], index [...] int32 → [..., ...].");
 });
