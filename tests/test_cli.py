@@ -134,6 +134,7 @@ def changed(method: str) -> dict[str, Any]:
         "steps_per_eval": 6,
         "weight_decay": 0.5,
         "grad_clip_norm": 0.0,
+        "activation_offloading": False,
         "segment_size": 2,
         "memory_budget_gb": 20.5,
         "deterministic": False,

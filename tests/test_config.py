@@ -91,6 +91,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         "seed": 0,
         "deterministic": True,
         "matmul_precision": "float32",
+        "activation_offloading": True,
         "steps_per_report": 10,
         "steps_per_eval": 50,
         "weight_decay": 0.01,

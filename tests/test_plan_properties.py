@@ -103,6 +103,13 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
     for i, move in enumerate(moves):
         assert set(move.reads) == reads_of(chain, move)
         assert set(move.reads) <= alive
+        assert set(move.fetches) <= away
+        away -= set(move.fetches)
+        assert not away & {*move.reads, *move.keeps}
+        on_host |= set(move.offloads)
+        away |= set(move.frees)
+        assert away <= on_host and set(move.frees) <= {*move.reads, *move.keeps}
+        on_host -= set(move.drops)
         assert set(move.takes) <= cotangents
         cotangents -= set(move.takes)
         taken |= set(move.takes)
@@ -111,12 +118,6 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
         alive |= set(move.keeps)
         assert set(move.drops) <= alive
         alive -= set(move.drops)
-        on_host = (on_host | set(move.offloads)) - set(move.drops)
-        away -= set(move.fetches)
-        assert not away & {*move.reads, *move.keeps} and set(move.fetches) <= on_host
-        away |= set(move.frees)
-        assert away <= on_host
-        assert all(value in {*move.reads, *move.keeps} for value in move.frees)
         for value in alive:  # a value must be read before it is recomputed
             later = (x for x in moves[i + 1 :] if value in (*x.reads, *x.keeps))
             assert value in next(later).reads

@@ -135,7 +135,7 @@ void release_host_memory() {
   }
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding offload_binding([](nb::module_& m) {
   m.def("release_host_memory", &release_host_memory,
         "Frees the host memory that earlier steps of this thread used for offloaded arrays.");
 });

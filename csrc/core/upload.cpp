@@ -4,9 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <deque>
-#include <map>
-#include <mutex>
 
 #include "core/binding.h"
 #include "core/gpu.h"
@@ -16,36 +13,15 @@ namespace segtrain {
 
 namespace {
 
-/// The number of buffers of each size. They are used in turn, so the host rarely has to wait until the device
-/// has read a buffer.
-constexpr size_t TURNS = 4;
-
-struct Buffer {
-  std::shared_ptr<HostMemory> host;
-  mx::array copy;  ///< the last device copy of `host`
-};
-
-/// Fills the next buffer of the right size, and starts to copy it to the device. The copies run on a stream of
-/// their own, so they need not wait for earlier kernels.
+/// Waits until the copy is complete. This takes microseconds, because copies have a stream of their own and need
+/// not wait for kernels.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
-  static std::mutex lock;
-  static auto& buffers = *new std::map<size_t, std::deque<Buffer>>;  // by size; outlives CUDA
-  std::lock_guard guard(lock);
-  const size_t room = std::bit_ceil(std::max<size_t>(count, 16));
-  auto& own = buffers[room];
-  std::shared_ptr<HostMemory> host;
-  if (own.size() < TURNS) {
-    host = std::make_shared<HostMemory>(room * sizeof(T));
-  } else {
-    own.front().copy.wait();
-    host = own.front().host;
-    own.pop_front();
-  }
+  const size_t room = std::bit_ceil(std::max<size_t>(count, 16));  // few different sizes
+  auto host = std::make_shared<HostMemory>(room * sizeof(T));
   std::copy_n(numbers, count, reinterpret_cast<T*>(host->data()));
-  const auto copy = from_host(host, {static_cast<int>(room)}, mx::TypeToDtype<T>());
-  mx::async_eval({copy});
-  own.push_back({host, copy});
+  auto copy = from_host(host, {static_cast<int>(room)}, mx::TypeToDtype<T>());
+  copy.eval();
   return mx::slice(copy, {0}, {static_cast<int>(count)}, mx::Device::gpu);
 }
 

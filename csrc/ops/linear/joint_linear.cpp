@@ -206,7 +206,7 @@ Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears, con
   return with_vjp(primals_of(x, linears), parts.n, forward, vjp);
 }
 
-const Binding binding([](nb::module_& m) {
+const Binding joint_linear_binding([](nb::module_& m) {
   m.def(
       "keeping_products",
       [](const Arrays& given, const std::function<Arrays()>& run) {

@@ -168,7 +168,8 @@ class RunPlan:
     @contextmanager
     def limits(self) -> Iterator[None]:
         """Inside this context, MLX waits for the device when its memory reaches the plan's limit,
-        and keeps freed buffers only up to the size that the plan allows."""
+        and keeps freed buffers only up to the size that the plan allows. At its end, frees the host
+        memory of offloaded arrays."""
         if self.planned is None:
             yield
             return
@@ -178,6 +179,7 @@ class RunPlan:
         finally:
             mx.set_memory_limit(memory)
             mx.set_cache_limit(cache)
+            _core.release_host_memory()
 
     def set_limits(self) -> tuple[int, int]:
         """Sets the memory and cache limits of MLX, and returns the previous limits."""
