@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("server"))
-    with Server(place, place / "model") as server:
+    with Server(place, place / "model", anew=True) as server:
         yield server
 
 
@@ -600,7 +600,9 @@ def test_a_queued_job_obeys_the_roots_of_the_server_that_runs_it(tmp_path):
 def test_push_to_a_hub(tmp_path, hub):
     place = write_place(tmp_path)
     url = hub.url
-    with Server(place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="") as server:
+    with Server(
+        place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="", anew=True
+    ) as server:
         post = server.http.post
         id = server.submit(iters=2)
         done = server.ended(id)
