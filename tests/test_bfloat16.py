@@ -105,7 +105,7 @@ def test_gradients_are_better_than_on_a_gpu():
         model, _, _ = load_base(folder)
         model.set_dtype(dtype)
         chain = chain_of(model)
-        what = chain, adapter_of(chain), batch_of(1, length=96)
+        what = chain, adapter_of(chain), batch_of(1, length=48)
         found[dtype] = gradient(*what)[1]
         if dtype == mx.float32:
             with ops.bfloat16_products(True):

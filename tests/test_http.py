@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("server"))
-    with Server(place, place / "model", anew=True) as server:
+    with Server(place, place / "model") as server:
         yield server
 
 
