@@ -125,7 +125,7 @@ def start_server(*args: str, env: Mapping[str, str], cwd: Path, stderr: int) -> 
     ours, theirs = os.pipe()
     server = Fork(__name__, *args, env=env, place=cwd, outputs=[_File(theirs), _File(stderr)])
     os.close(theirs)
-    server.stdout = open(ours)
+    server.stdout = os.fdopen(ours)
     return server
 
 
