@@ -601,7 +601,7 @@ def test_push_to_a_hub(tmp_path, hub):
     place = write_place(tmp_path)
     url = hub.url
     with Server(
-        place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="", anew=True
+        place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="", fresh=True
     ) as server:
         post = server.http.post
         id = server.submit(iters=2)

@@ -21,7 +21,7 @@ class Server:
     """Runs a server while the context is active. `http` is a client, and `cache` contains the
     server's store.
 
-    The server and its jobs are forks, which start sooner than new processes. With `anew`, they are
+    The server and its jobs are forks, which start sooner than new processes. With `fresh`, they are
     new processes, as on a user's machine.
     """
 
@@ -31,17 +31,17 @@ class Server:
         *args: object,
         cache: Path | None = None,
         port: int = 0,
-        anew: bool = False,
+        fresh: bool = False,
         **env,
     ):
-        self.cwd, self.port, self.anew = cwd, port, anew
+        self.cwd, self.port, self.fresh = cwd, port, fresh
         self.args = [str(arg) for arg in args]
         self.cache = cache or cwd / "cache"
         self.env = {**os.environ, "MLX_SEGTRAIN_CACHE": str(self.cache), **env}
         self.log = cwd / f"server-{time.monotonic_ns()}.log"
 
     def __enter__(self) -> "Server":
-        start = start_anew if self.anew else forks.start_server
+        start = start_fresh if self.fresh else forks.start_server
         with open(self.log, "w") as log:
             how = {"env": self.env, "cwd": self.cwd, "stderr": log.fileno()}
             self.process = start("--port", str(self.port), *self.args, **how)
@@ -92,7 +92,7 @@ class Server:
         return [event for _, event in frames(self.http, id)]
 
 
-def start_anew(*args: str, **how) -> subprocess.Popen:
+def start_fresh(*args: str, **how) -> subprocess.Popen:
     """Runs `mlx-segtrain serve` with these arguments in a new process."""
     command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **how)
