@@ -86,7 +86,8 @@ class Fork:
         self.kill = self._process.kill
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def poll(self) -> int | None:
         return self._process.exitcode
