@@ -291,7 +291,7 @@ def kept(family):
     from mlx_segtrain.planning.costs import Device, costs_of
     from mlx_segtrain.streams import BatchShape
 
-    length, slides, full = 1024, "sliding_attention", "full_attention"
+    length, slides, full = 512, "sliding_attention", "full_attention"
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
     gemma = {**GEMMA, "num_hidden_layers": 4, "layer_types": [full, slides, slides, slides]}
     own = gemma if family == "gemma4_text" else {**LLAMA, "num_hidden_layers": 2}

@@ -600,7 +600,9 @@ def test_a_queued_job_obeys_the_roots_of_the_server_that_runs_it(tmp_path):
 def test_push_to_a_hub(tmp_path, hub):
     place = write_place(tmp_path)
     url = hub.url
-    with Server(place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="") as server:
+    with Server(
+        place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="", fresh=True
+    ) as server:
         post = server.http.post
         id = server.submit(iters=2)
         done = server.ended(id)

@@ -64,7 +64,7 @@ def posted(place, monkeypatch):
 def test_names_of_what_is_there(place, hub, posted):
     path = hubs.model("org/tiny")
     hub.requests.clear()
-    with Server(place) as server:
+    with Server(place, fresh=True) as server:
         id = server.submit(model_dir="org/tiny", iters=1, adapter_path="a/b")
         job = server.ended(id)
         assert job["status"] == "done" and job["name"] == "org/tiny on data"
@@ -87,7 +87,7 @@ def test_names_of_what_is_there(place, hub, posted):
 
 
 def test_a_download_is_a_job(place, hub, posted):
-    with Server(place, "--allow-downloads") as server:
+    with Server(place, "--allow-downloads", fresh=True) as server:
         post = server.http.post
         assert server.http.get("/api/state").json()["downloads"] is True
         assert post("/api/hub/download", json={"name": "/etc"}).status_code == 422
@@ -117,7 +117,7 @@ def test_a_download_is_a_job(place, hub, posted):
 
 def test_a_token_given_to_the_server_opens_what_is_gated(place, hub):
     hub.repositories["models", "org/tiny"].readers = {"hf_known"}
-    with Server(place, "--allow-downloads") as server:
+    with Server(place, "--allow-downloads", fresh=True) as server:
         post = server.http.post
         id = post("/api/hub/download", json={"name": "org/tiny"}).json()["job_id"]
         assert "is gated" in server.ended(id)["error"]
@@ -146,7 +146,7 @@ def test_data_sets_by_name(place, hub, posted):
     path = str(next((place.parent / "hf").rglob("train.jsonl")).parent)
     refused = posted([], "/api/finetune/submit", run | {"data_dir": path})
     assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
-    with Server(place, "--allow-downloads") as server:
+    with Server(place, "--allow-downloads", fresh=True) as server:
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}
         asked = post("/api/finetune/inspect-dataset", json=inspect)

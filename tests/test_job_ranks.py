@@ -42,7 +42,7 @@ def running(id):
 @pytest.mark.acceptance
 def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp_path):
     place = write_place(tmp_path)
-    with Server(place, "--ranks", 2) as server:
+    with Server(place, "--ranks", 2, fresh=True) as server:
         assert server.http.get("/api/state").json()["ranks"] == 2
         refused = {"hostfile": "x", "hosts": ["x"], "backend": "x", "ranks": True}
         for name, value in refused.items():

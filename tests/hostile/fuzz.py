@@ -212,7 +212,7 @@ def fuzz(place: Path, inputs: int, seed: int, said=print) -> None:
     readers = Readers(place, fuzzer)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     args = (inside / "model", "--root", inside)
-    with Server(inside, *args, cache=place / "cache", **nowhere) as server:
+    with Server(inside, *args, cache=place / "cache", fresh=True, **nowhere) as server:
         asked = Routes(server, fuzzer, canary)
         slowest, refused, begun = 0.0, 0, time.monotonic()
         faults: list[str] = []

@@ -52,7 +52,7 @@ BODIES = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("bodies"))
-    with Server(place, place / "model") as server:
+    with Server(place, place / "model", fresh=True) as server:
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
         assert server.http.post(CHAT, json=body).status_code == 200
         yield server

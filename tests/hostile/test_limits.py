@@ -23,7 +23,7 @@ GOOD = {"authorization": f"Bearer {TOKEN}".encode()}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("limits"))
-    with Server(place, place / "model", MLX_SEGTRAIN_TOKEN=TOKEN) as server:
+    with Server(place, place / "model", MLX_SEGTRAIN_TOKEN=TOKEN, fresh=True) as server:
         server.http.headers.update(GOOD)
         assert server.http.get("/api/jobs").status_code == 200
         yield server

@@ -46,7 +46,7 @@ def write_hostile(path):
 def server(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("pools"))
     write_hostile(place / "hostile")
-    with Server(place, place / "hostile") as server:
+    with Server(place, place / "hostile", fresh=True) as server:
         assert say(server, "Hello")[0] == 200
         yield server
 

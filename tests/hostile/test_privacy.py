@@ -57,7 +57,7 @@ def test_a_store_that_others_can_write_to_is_not_taken(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     place = tmp_path_factory.mktemp("private")
-    with Server(place, MLX_SEGTRAIN_TOKEN=TOKEN) as server:
+    with Server(place, MLX_SEGTRAIN_TOKEN=TOKEN, fresh=True) as server:
         yield server
 
 

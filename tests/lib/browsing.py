@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,8 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from playwright.sync_api import expect
+
+from lib import forks
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -65,15 +65,9 @@ class Site:
 @contextmanager
 def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
     """Starts a server with these folders."""
-    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--root", str(work), *options],
-        env={**os.environ, "MLX_SEGTRAIN_CACHE": str(cache)},
-        cwd=work,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
+    env = {**os.environ, "MLX_SEGTRAIN_CACHE": str(cache)}
+    options = ("--port", "0", "--root", str(work), *options)
+    process = forks.start_server(*options, env=env, cwd=work, stderr=2)
     try:
         address = process.stdout.readline().strip().removesuffix("/finetune")
         assert address.startswith("http://"), "the server has not started"
@@ -81,6 +75,7 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
+        process.stdout.close()
 
 
 @dataclass

@@ -13,9 +13,11 @@ from multiprocessing.reduction import DupFd
 from operator import methodcaller
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 from unittest.mock import patch
 
+import mlx_segtrain.commands.main
+import mlx_segtrain.processes
 from lib.folders import write_tokenizer
 
 TESTS = Path(__file__).parents[1]
@@ -33,6 +35,11 @@ def processes() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
+    if multiprocessing.parent_process() is not None:
+        # This process is a fork itself. It uses the process from which it was forked, although
+        # multiprocessing would start another one.
+        multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+        return found
     found.set_forkserver_preload(PRELOADED)
     global _place  # this process removes the folder when it ends
     _place = TemporaryDirectory()
@@ -68,7 +75,9 @@ class _File:
 
 class Fork:
     """A fork that runs `main` of one of our modules. It provides the methods and attributes of
-    Popen that the package uses."""
+    Popen that the package and the tests use."""
+
+    stdout: IO[str]
 
     def __init__(self, module: str, *args: Any, **how: Any):
         self._process = processes().Process(target=_main, args=(module, args), kwargs=how)
@@ -76,8 +85,16 @@ class Fork:
         self.pid = self._process.pid
         self.kill = self._process.kill
 
-    def wait(self) -> int:
-        self._process.join()
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int:
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"process {self.pid} has not ended in time"
         return self._process.exitcode
 
 
@@ -86,9 +103,13 @@ def start(
 ) -> Fork:
     """Does the same as the package's `start`, in a fork instead of a new process."""
     own = {str(number): _File(number) for number in files}
-    outputs = [_File(how[name]) for name in ("stdout", "stderr")]
-    given = {"env": dict(env), "place": how["cwd"], "outputs": outputs}
-    return Fork(module, *(own.get(arg, arg) for arg in args), **given)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    outputs = [how.get("stdout", 1), how.get("stderr", 2)]
+    outputs = [_File(nowhere if x == subprocess.DEVNULL else x) for x in outputs]
+    given = {"env": dict(env), "place": how.get("cwd", "/"), "outputs": outputs}
+    fork = Fork(module, *(own.get(arg, arg) for arg in args), **given)
+    os.close(nowhere)
+    return fork
 
 
 def start_connected(module: str, settings: Mapping[str, str]) -> tuple[Connection, Fork]:
@@ -97,6 +118,23 @@ def start_connected(module: str, settings: Mapping[str, str]) -> tuple[Connectio
     with theirs:
         env = {**os.environ, **settings}
         return wire, Fork(module, _File(theirs.fileno()), env=env, place="/", outputs=[])
+
+
+def start_server(*args: str, env: Mapping[str, str], cwd: Path, stderr: int) -> Fork:
+    """Runs `mlx-segtrain serve` with these arguments in a fork. Its output can be read from
+    `stdout`."""
+    ours, theirs = os.pipe()
+    server = Fork(__name__, *args, env=env, place=cwd, outputs=[_File(theirs), _File(stderr)])
+    os.close(theirs)
+    server.stdout = os.fdopen(ours)
+    return server
+
+
+def main(*args: str) -> int:
+    """Runs a server whose processes (for jobs and tokenizers) are forks, too."""
+    mlx_segtrain.processes.start = start
+    sys.argv[1:] = ["serve", *args]
+    return mlx_segtrain.commands.main.main()
 
 
 def _main(

@@ -1,4 +1,4 @@
-"""Starts a server as a user does: `mlx-segtrain serve` in a separate process."""
+"""Starts servers: `mlx-segtrain serve` in a separate process."""
 
 import asyncio
 import json
@@ -12,35 +12,39 @@ from pathlib import Path
 import httpx
 import psutil
 
+from lib import forks
 from lib.folders import write_llama, write_rows
 from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:
     """Runs a server while the context is active. `http` is a client, and `cache` contains the
-    server's store."""
+    server's store.
 
-    def __init__(self, cwd: Path, *args: object, cache: Path | None = None, port: int = 0, **env):
-        self.cwd, self.args, self.port = cwd, args, port
+    The server and its jobs are forks, which start sooner than new processes. With `fresh`, they are
+    new processes, as on a user's machine.
+    """
+
+    def __init__(
+        self,
+        cwd: Path,
+        *args: object,
+        cache: Path | None = None,
+        port: int = 0,
+        fresh: bool = False,
+        **env,
+    ):
+        self.cwd, self.port, self.fresh = cwd, port, fresh
+        self.args = [str(arg) for arg in args]
         self.cache = cache or cwd / "cache"
         self.env = {**os.environ, "MLX_SEGTRAIN_CACHE": str(self.cache), **env}
         self.log = cwd / f"server-{time.monotonic_ns()}.log"
 
     def __enter__(self) -> "Server":
-        command = [
-            sys.executable,
-            "-m",
-            "mlx_segtrain.commands.main",
-            "serve",
-            "--port",
-            str(self.port),
-        ]
+        start = start_fresh if self.fresh else forks.start_server
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [*command, *map(str, self.args)],
-                **{"cwd": self.cwd, "env": self.env, "stdout": subprocess.PIPE, "stderr": log},
-                text=True,
-            )
+            how = {"env": self.env, "cwd": self.cwd, "stderr": log.fileno()}
+            self.process = start("--port", str(self.port), *self.args, **how)
         line = self.process.stdout.readline()
         assert line.startswith("http://"), self.said
         self.url = line.strip().removesuffix("/finetune")
@@ -86,6 +90,12 @@ class Server:
     def events(self, id: str) -> list[dict]:
         """Waits until a job has ended, and returns all of its events."""
         return [event for _, event in frames(self.http, id)]
+
+
+def start_fresh(*args: str, **how) -> subprocess.Popen:
+    """Runs `mlx-segtrain serve` with these arguments in a new process."""
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **how)
 
 
 def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, dict]]:
