@@ -112,8 +112,8 @@ NB_MODULE(_core, m) {
                     int64_t, int64_t, double, int64_t, int64_t, double, int, int64_t, double>(),
            nb::kw_only(), "stages"_a, "inputs"_a, "head_reads"_a, "input_bytes"_a,
            "incoming"_a = std::vector<std::string>{}, "layers"_a, "costs"_a, "head"_a, "ahead"_a,
-           "head_work"_a, "fixed"_a, "update"_a, "widened"_a, "under_way"_a = 1,
-           "host"_a = 0, "copied"_a = 0.0)
+           "head_work"_a, "fixed"_a, "update"_a, "widened"_a, "under_way"_a = 1, "host"_a = 0,
+           "copied"_a = 0.0)
       .def_ro("stages", &Costs::stages)
       .def_ro("inputs", &Costs::inputs)
       .def_ro("head_reads", &Costs::head_reads)

@@ -13,7 +13,6 @@ from hypothesis import settings
 from lib.folders import write_llama, write_pairs, write_rows
 from lib.hub import serve_hub
 from lib.peers import load_peers
-from mlx_segtrain.planning.run import RunPlan
 
 # Tests and their child processes must not depend on environment variables that a user or a terminal
 # has set, such as those for widths, colours, the Hub and trackers.
@@ -125,23 +124,6 @@ def collected():
     """Frees what the tests of a file leave in reference cycles, such as models."""
     yield
     gc.collect()
-
-
-@pytest.fixture(autouse=True)
-def room(monkeypatch):
-    """Adds the memory that other tests still use to the memory limit of each run.
-
-    The limit of a tiny run would otherwise be exceeded all the time. MLX would then wait for each
-    operation before it starts the next one, in a loop that keeps a core busy.
-    """
-    others, set_limits = mx.get_active_memory(), RunPlan.set_limits
-
-    def with_others(plan):
-        before = set_limits(plan)
-        mx.set_memory_limit(plan.planned.limit + others)
-        return before
-
-    monkeypatch.setattr(RunPlan, "set_limits", with_others)
 
 
 @pytest.fixture

@@ -416,6 +416,18 @@ def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
         assert all(mx.array_equal(again[path], grad) for path, grad in tiled.items())
 
 
+def test_the_limit_leaves_room_for_other_arrays_of_the_process(llama4, data, tmp_path):
+    """With a limit below what a notebook keeps, MLX would wait for each op."""
+    config = config_of(llama4, data, tmp_path / "a")
+    plan = plan_run(config, full_batch(config))
+    others = mx.zeros(1 << 26, mx.uint8)
+    mx.eval(others)
+    with plan.limits():
+        limit = mx.set_memory_limit(1 << 40)
+        assert limit >= plan.planned.limit + others.nbytes - plan.planned.resting
+        mx.set_memory_limit(limit)
+
+
 # ---- runs
 
 

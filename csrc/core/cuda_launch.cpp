@@ -211,9 +211,9 @@ class CudaKernel : public mx::Primitive {
 
 }  // namespace
 
-// MLX does not export its allocator, so we evaluate masked_scatter with an empty mask, which only allocates its
-// output. This adds no node to MLX's CUDA graph. Each additional node would cost the host time when it builds,
-// updates and launches the graph.
+// MLX does not export its allocator, so we evaluate masked_scatter with an empty mask, which only allocates
+// its output. This adds no node to MLX's CUDA graph. Each additional node would cost the host time when it
+// builds, updates and launches the graph.
 void cuda_allocate(mx::array& y, mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;

@@ -32,8 +32,8 @@ bool on_cuda() {
   return gpu() == Gpu::cuda && !on_cpu({});
 }
 
-/// Returns the stream of this thread's copies. On a CPU, this is the default stream, because a copy would gain nothing by a
-/// stream of its own.
+/// Returns the stream of this thread's copies. On a CPU, this is the default stream, because a copy would
+/// gain nothing by a stream of its own.
 mx::Stream copy_stream() {
   const auto own = mx::to_stream({});
   if (!on_cuda()) return own;

@@ -43,7 +43,8 @@ Offloaded offload(const mx::array& x);
 /// Copies the data back to the device.
 mx::array fetch(const Offloaded& copy);
 
-/// Returns an array on the device with the contents that `memory` has when the arrays in `after` are computed.
+/// Returns an array on the device with the contents that `memory` has when the arrays in `after` are
+/// computed.
 mx::array from_host(std::shared_ptr<HostMemory> memory, mx::Shape shape, mx::Dtype dtype,
                     const Arrays& after = {});
 

@@ -13,8 +13,8 @@ namespace segtrain {
 
 namespace {
 
-/// Waits until the copy is complete. This takes microseconds, because copies have a stream of their own and need
-/// not wait for kernels.
+/// Waits until the copy is complete. This takes microseconds, because copies have a stream of their own and
+/// need not wait for kernels.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   const size_t room = std::bit_ceil(std::max<size_t>(count, 16));  // few different sizes

@@ -119,7 +119,8 @@ void assign_saves(Plan& plan, const std::vector<int>& saves) {
 /// Moves what the first `offloaded` stages write and save to host memory while no move needs it.
 void assign_offloads(Plan& plan, int offloaded) {
   // A copy takes about as long as a move, and the next move is prepared while one runs. So an array is copied
-  // back one move early, and its memory is freed one move late; with fewer moves in between, nothing is gained.
+  // back one move early, and its memory is freed one move late; with fewer moves in between, nothing is
+  // gained.
   constexpr size_t APART = 4;
   struct Use {
     size_t move;

@@ -53,9 +53,9 @@ struct Move {
   std::vector<int> saves = {};
 
   // Offloading to host memory. It never changes what a move computes.
-  std::vector<int> offloads = {};  ///< `writes` of which a copy goes to host memory after the move
-  std::vector<int> leaves = {};    ///< values whose device memory is freed after the move
-  std::vector<int> returns = {};   ///< values that are copied back before the move
+  std::vector<int> offloads = {};      ///< `writes` of which a copy goes to host memory after the move
+  std::vector<int> leaves = {};        ///< values whose device memory is freed after the move
+  std::vector<int> returns = {};       ///< values that are copied back before the move
   std::vector<int> saves_leave = {};   ///< the `saves` whose arrays go to host memory after the move
   std::vector<int> saves_return = {};  ///< stages whose saved arrays are copied back before the move
 };

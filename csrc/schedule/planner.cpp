@@ -143,8 +143,8 @@ class Walk {
   }
 
   void finish(const Move& move) {
-    // The memory of an array that leaves is counted until the end of the next move, because the copy runs beside
-    // that move.
+    // The memory of an array that leaves is counted until the end of the next move, because the copy runs
+    // beside that move.
     for (int value : leaving_) made_[value] = false;
     for (int stage : saves_leaving_) saved_[stage] = 0;
     leaving_ = move.leaves;
@@ -250,8 +250,8 @@ class Search {
   /// The kind of cuts to try. Segments are layers or, with `halves`, single stages. If `group` is 0, the
   /// values between segments are kept. Otherwise the first `grouped` layers are in groups of `group` layers,
   /// and each of the other layers is a group. The last `tail` layers run together with the head, and all of
-  /// their intermediate arrays are kept. The first `saves` stages of savers_ save arrays. With `offload`, values
-  /// between segments and saved arrays are offloaded.
+  /// their intermediate arrays are kept. The first `saves` stages of savers_ save arrays. With `offload`,
+  /// values between segments and saved arrays are offloaded.
   struct Form {
     bool halves;
     int group, grouped, tail, saves;

@@ -140,8 +140,9 @@ class Runner {
     for (int stage : move.saves_leave) saved_[stage].clear();
   }
 
-  /// Starts to copy the arrays that the next move needs back to the device. This must happen before the current
-  /// move is launched, because MLX makes the host wait during the launch, so that at most ten graphs are queued.
+  /// Starts to copy the arrays that the next move needs back to the device. This must happen before the
+  /// current move is launched, because MLX makes the host wait during the launch, so that at most ten graphs
+  /// are queued.
   void fetch_ahead() {
     if (collects_kernels() || at_ + 1 == plan_.moves.size()) return;
     const auto& move = plan_.moves[at_ + 1];

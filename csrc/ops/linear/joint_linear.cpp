@@ -1,7 +1,6 @@
 #include "ops/linear/joint_linear.h"
 
 #include "core/binding.h"
-
 #include "core/gpu.h"
 
 namespace segtrain {
@@ -215,7 +214,8 @@ const Binding joint_linear_binding([](nb::module_& m) {
         return std::pair(out, kept.made);
       },
       "given"_a, "run"_a,
-      "Calls `run`, and returns its arrays and the arrays that recomputing them can reuse. If `given` contains "
+      "Calls `run`, and returns its arrays and the arrays that recomputing them can reuse. If `given` "
+      "contains "
       "such arrays of an earlier call, uses them instead of recomputing them.");
 });
 

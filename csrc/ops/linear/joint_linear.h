@@ -60,10 +60,11 @@ class JointLinear {
 };
 
 /// Keeps the arrays z that only a product with the whole weight yields (those of layers whose input is wider
-/// than their output), so that a stage that is recomputed for its backward pass need not repeat these products.
+/// than their output), so that a stage that is recomputed for its backward pass need not repeat these
+/// products.
 ///
-/// While an instance exists, the layers that run on this thread append their z to `made` or, if `given` is not
-/// empty, take their z from `given`, in the same order.
+/// While an instance exists, the layers that run on this thread append their z to `made` or, if `given` is
+/// not empty, take their z from `given`, in the same order.
 class KeptProducts {
  public:
   explicit KeptProducts(Arrays given);

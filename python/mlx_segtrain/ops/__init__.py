@@ -112,8 +112,8 @@ def upload(x: np.ndarray) -> mx.array:
     """Copies an array to the device, as int32 if its dtype is an integer type, otherwise as
     float32.
 
-    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). The copy may still be in
-    progress when the function returns.
+    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). On other devices, the copy may
+    still be in progress when the function returns.
     """
     dtype = np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32
     return _core.upload(np.ascontiguousarray(x, dtype))

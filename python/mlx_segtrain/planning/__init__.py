@@ -57,7 +57,8 @@ class Planned:
     the peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes
     the moves. When MLX's memory reaches `limit` bytes, MLX must wait for the device, so that memory
     allocated ahead of the device does not raise the total above `peak`. `host` is the size, in
-    bytes, of the arrays that are offloaded to host memory. `again` is the part of `work` that is
+    bytes, of the arrays that are offloaded to host memory. `resting` is the memory that is in use
+    during the whole run. `again` is the part of `work` that is
     spent on recomputation.
     """
 
@@ -67,6 +68,7 @@ class Planned:
     limit: int
     parts: dict[str, int]
     host: int
+    resting: int
     moves: tuple[int, ...]
     lines: tuple[str, ...]
     work: float
@@ -155,6 +157,7 @@ def planned(
         limit=max(costs.fixed, estimate.peak + (-above if buffers is None else buffers)),
         parts={name: n for name, n in parts.items() if n},
         host=estimate.host,
+        resting=costs.fixed,
         moves=tuple(costs.fixed + alive.total for alive in estimate.moves),
         lines=tuple(plan.describe()),
         work=estimate.work,

@@ -141,10 +141,11 @@ def costs_of(
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
         # The weights, the factors, AdamW's two moments and, if gradients are accumulated, the sum
-        # of the gradients; on a GPU, also a measured constant.
+        # of the gradients; on a GPU, also a measured constant, which is larger with offloading.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
-        + (12 << 20) * device.gpu,
+        + (12 << 20) * device.gpu
+        + (6 << 20) * (device.host > 0),
         update=5 * factors,
         widened=4 / device.size,
         host=device.host,
@@ -278,8 +279,8 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     product = 2.0 * tokens * h * f
     rest = 4.0 * tokens * h * layer.own_input + 3 * 2.0 * tokens * h * layer.experts
     again, back = (2, 3) if op.kept else (0, 5)
-    # On CUDA, the low-rank product z of `down` is computed as a part of the product with the whole weight, so
-    # this product is repeated, too, unless z is saved.
+    # On CUDA, the low-rank product z of `down` is computed as a part of the product with the whole
+    # weight, so this product is repeated, too, unless z is saved.
     whole = device.name == "cuda" and stage.parameters > 0 and not in_parts and f > h
     rank = -(-stage.parameters // (3 * (f + h)) // 16) * 16
     savable = whole and op.kept > 0

@@ -182,11 +182,15 @@ class RunPlan:
             _core.release_host_memory()
 
     def set_limits(self) -> tuple[int, int]:
-        """Sets the memory and cache limits of MLX, and returns the previous limits."""
+        """Sets the memory and cache limits of MLX, and returns the previous limits.
+
+        The plan does not contain the arrays that the rest of this process keeps, such as another
+        model in a notebook. Without room for them, MLX would wait for each op."""
         assert self.planned is not None
         peak = self.planned.peak
         cache = max(peak // 4, self.budget - peak)
-        return mx.set_memory_limit(self.planned.limit), mx.set_cache_limit(cache)
+        others = max(0, mx.get_active_memory() - self.planned.resting)
+        return mx.set_memory_limit(self.planned.limit + others), mx.set_cache_limit(cache)
 
 
 def _ways(config: TrainConfig) -> dict[str, bool]:
