@@ -152,7 +152,7 @@ def planned(
     first = 0 if costs.incoming else first
     return Planned(
         text=describe(cuts, first, costs.layers),
-        cuts=Cuts(*map(tuple, (*own, cuts.saves)), cuts.offloaded),
+        cuts=Cuts(tuple(own[0]), tuple(own[1]), tuple(cuts.saves), cuts.offloaded),
         peak=estimate.peak + ahead + (buffers or 0),
         limit=max(costs.fixed, estimate.peak + (-above if buffers is None else buffers)),
         parts={name: n for name, n in parts.items() if n},
