@@ -32,6 +32,11 @@ def test_a_failure_is_one_sentence(reason):
     assert SAID[reason] in text and text.count(". ") == 0 and text.endswith(".")
 
 
+def test_a_run_without_host_memory_ends_with_a_sentence():
+    said = "could not get 7 bytes of page-locked host memory: set activation_offloading to false."
+    assert _core.explain_failure(f"[offload] {said}") == said
+
+
 def test_other_errors_are_not_explained():
     assert _core.explain_failure("[matmul] Last dimension of first input") == ""
 

@@ -12,9 +12,12 @@ namespace segtrain {
 
 namespace {
 
-/// Returns a sentence that explains MLX's message about a failed command buffer, or "" for other messages.
+/// Returns a sentence that explains MLX's message about a failed command buffer, or our message that there is no
+/// host memory. Returns "" for other messages.
 std::string explained(const std::string& what) {
   auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
+  const std::string offload = "[offload] ";
+  if (what.rfind(offload, 0) == 0) return what.substr(offload.size());
   if (!has("Command buffer execution failed")) return "";
   if (has("Impacting Interactivity") || has("Timeout"))
     return "macOS ended the run's work on the GPU because one command buffer kept the display waiting too "
@@ -46,8 +49,8 @@ std::terminate_handler before = nullptr;
 const Binding failures_binding([](nb::module_& m) {
   before = std::set_terminate(say_and_end);
   m.def("explain_failure", &explained, "what"_a,
-        "Returns a sentence that explains MLX's message about a failed command buffer on Metal, or an empty "
-        "string for any other message.");
+        "Returns a sentence that explains MLX's message about a failed command buffer on Metal, or our message "
+        "that there is no host memory, or an empty string for any other message.");
 });
 
 }  // namespace segtrain

@@ -99,7 +99,8 @@ HostMemory::HostMemory(size_t bytes) : data_(nullptr), size_(bytes), stream_(cop
   if (!data_) data_ = static_cast<char*>(on_cuda() ? cuda_host_memory(bytes) : std::malloc(bytes));
   if (!data_)
     throw std::runtime_error("[offload] could not get " + std::to_string(bytes) +
-                             " bytes of host memory: set activation_offloading to false.");
+                             " bytes of page-locked host memory for offloaded activations: set "
+                             "activation_offloading to false, and resume the run.");
 }
 
 HostMemory::~HostMemory() {

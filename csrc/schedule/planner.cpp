@@ -321,7 +321,7 @@ class Search {
   int offloaded(const Cuts& cuts, int at) const {
     double work = costs_.head_work / 2, bytes = 0;
     for (const auto& cost : costs_.costs) work += cost.forward_work;
-    const double most = std::min(static_cast<double>(costs_.host), work * costs_.copied);
+    const double most = std::min(static_cast<double>(costs_.host) / costs_.under_way, work * costs_.copied);
     for (int i = 0; i < at; ++i) {
       if (contains(cuts.segments, i + 1))
         for (int64_t written : costs_.costs[i].writes) bytes += static_cast<double>(written);

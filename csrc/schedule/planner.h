@@ -43,7 +43,7 @@ struct Costs {
   double widened = 1;
   /// number of batches, including this one, that have run forward and wait for their cotangents
   int under_way = 1;
-  int64_t host = 0;  ///< bytes of host memory that offloaded arrays may use
+  int64_t host = 0;  ///< bytes of host memory that the offloaded arrays of all these batches may use
   /// bytes that are copied to host memory while one unit of work is computed
   double copied = 0;
 };
