@@ -16,8 +16,10 @@ PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
 # The tests of a file share servers and trained models, so they all run in one process. Slow files start first
-# (conftest.py). OMP_NUM_THREADS limits torch to one thread per process.
-IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# (conftest.py). Since tests also wait for servers and jobs, there is one process more than there are cores, up to four.
+# OMP_NUM_THREADS limits torch to one thread per process.
+PROCESSES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
+IN_PARALLEL := -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 test check: export OMP_NUM_THREADS := 1
 # The argument of `pip install` that names the built wheel and the given extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"

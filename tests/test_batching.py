@@ -317,11 +317,11 @@ NAMES = [None, "a", "b", "c", "dora", "outer", "ab"]
 
 
 def test_no_request_s_adapter_reaches_another(shared, said):
-    """Sends a thousand requests with random adapters and response lengths, in waves of random
+    """Sends 400 requests with random adapters and response lengths, in waves of random
     size."""
     rng = random.Random(0)
     prompts = [list(f"{'x' * (i % 3 * 11)}Prompt {i}".encode()) for i in range(12)]
-    asked = [(rng.choice(NAMES), rng.randrange(12), rng.randrange(1, 9)) for _ in range(1000)]
+    asked = [(rng.choice(NAMES), rng.randrange(12), rng.randrange(1, 9)) for _ in range(400)]
     kinds, steps = [], []
     plain = Batch.step
 

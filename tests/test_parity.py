@@ -14,7 +14,7 @@ from mlx_lm.utils import dequantize_model
 from transformers import AutoTokenizer
 
 from lib.checks import random_adapter
-from lib.folders import write_llama
+from lib.folders import write_first_layers, write_llama
 from lib.oracle import assert_close
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.data import Batch
@@ -153,13 +153,14 @@ def test_smollm2(smollm2):
     compare(smollm2, batch, 63, SIZES)
 
 
-def test_smollm2_in_float64(smollm2):
-    """Uses random tokens, and compares with mlx-lm in float64, because mlx-lm's error in float32 is
-    4e-4 for such tokens.
+def test_smollm2_in_float64(smollm2, tmp_path):
+    """Uses ten layers of the model and random tokens, and compares with mlx-lm in float64, because
+    mlx-lm's error in float32 is 4e-4 for such tokens and all layers.
 
     On longer rows, our error reaches 2e-4; the values are in bench/LOG.md.
     """
-    compare(smollm2, batch_of(49152, [48], prompt=9), 9, [1, 0], mx.float64)
+    few = write_first_layers(tmp_path / "few", smollm2, 10)
+    compare(few, batch_of(49152, [48], prompt=9), 9, [1, 0], mx.float64)
 
 
 def test_evaluation_is_the_token_mean_of_mlx_lm(llama4):

@@ -12,8 +12,8 @@ namespace segtrain {
 
 namespace {
 
-/// Returns a sentence that explains MLX's message about a failed command buffer, or our message that there is no
-/// host memory. Returns "" for other messages.
+/// Returns a sentence that explains MLX's message about a failed command buffer, or our message that there is
+/// no host memory. Returns "" for other messages.
 std::string explained(const std::string& what) {
   auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
   const std::string offload = "[offload] ";
@@ -48,9 +48,10 @@ std::terminate_handler before = nullptr;
 
 const Binding failures_binding([](nb::module_& m) {
   before = std::set_terminate(say_and_end);
-  m.def("explain_failure", &explained, "what"_a,
-        "Returns a sentence that explains MLX's message about a failed command buffer on Metal, or our message "
-        "that there is no host memory, or an empty string for any other message.");
+  m.def(
+      "explain_failure", &explained, "what"_a,
+      "Returns a sentence that explains MLX's message about a failed command buffer on Metal, or our message "
+      "that there is no host memory, or an empty string for any other message.");
 });
 
 }  // namespace segtrain

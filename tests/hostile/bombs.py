@@ -183,7 +183,7 @@ def a_run_of_a_thousand_million() -> bytes:
 @bomb(".arrow")
 def images() -> bytes:
     """Returns a valid file that contains images, which the reader skips."""
-    return ipc(pa.table({"text": ["a"] * 60, "image": [b"x" * MB] * 60}))
+    return ipc(pa.table({"text": ["a"] * 300, "image": [b"x" * MB] * 300}))
 
 
 @bomb(".arrow")
