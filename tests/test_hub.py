@@ -378,3 +378,21 @@ def test_push_uploads_an_adapter_and_nothing_beside_it(hub, home, tmp_path, caps
     ):
         assert main(["push", str(place), repo]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_card_that_the_hub_refuses_is_named(hub, home, tmp_path, capsys, monkeypatch):
+    """The card of an adapter of a local model contains the model's path, which is no hub name."""
+
+    def refuses(*args, **more):
+        raise ValueError('Invalid metadata in README.md.\n- "base_model" of "/m" is not valid')
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {"a": mx.zeros((2, 2))})
+    (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("HF_TOKEN", "hf_known")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", refuses)
+    assert main(["push", str(folder), "me/mine", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert f"the hub refuses README.md of {folder} (Invalid metadata" in said
+    assert "set base_model" in said and said.count("\n") == 1

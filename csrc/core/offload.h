@@ -36,7 +36,7 @@ struct Offloaded {
 
 /// Returns a copy of x in host memory. On CUDA, `copied` and the arrays that fetch() returns are evaluated on
 /// a stream of their own, so the copies run while kernels run on the default stream. x must already be
-/// evaluated or launched. The memory is page-locked on CUDA, which takes about a third of a second for each
+/// evaluated or launched. The memory is page-locked on CUDA, which takes about half a second for each
 /// GB; it is therefore kept and reused. Throws std::runtime_error if there is not enough of it.
 Offloaded offload(const mx::array& x);
 

@@ -85,6 +85,12 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
             )
         except HFValidationError:
             raise InputError(f"{repo} is not a valid hub name: use the form org/name.") from None
+        except ValueError as error:  # huggingface_hub asks the hub to check the card first
+            why = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the hub refuses README.md of {folder} ({why}): set base_model in it to the "
+                "name of the model on the hub, such as org/name, and push again."
+            ) from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
             why = REFUSALS.get(status or 0, "try again later")
