@@ -25,6 +25,10 @@ Gpu gpu() {
   return kind;
 }
 
+bool on_cuda(mx::StreamOrDevice s) {
+  return gpu() == Gpu::cuda && !on_cpu(s);
+}
+
 int compute_capability() {
   static const int capability = [] {
     if (dry_run()) return dry_run();

@@ -16,6 +16,9 @@ namespace segtrain {
 /// Returns the kind of GPU that MLX uses in this process.
 Gpu gpu();
 
+/// Returns whether calls on this stream use CUDA.
+bool on_cuda(mx::StreamOrDevice s);
+
 /// Returns the CUDA compute capability of this GPU (90 means 9.0), or 0 without CUDA.
 int compute_capability();
 

@@ -12,7 +12,7 @@ mx::array join(const Arrays& arrays, mx::StreamOrDevice s) {
   check(!arrays.empty(), "[join] expected at least one array.");
   Arrays flat;
   for (const auto& x : arrays) flat.push_back(mx::reshape(f32(x, s), {-1}, s));
-  if (on_cpu(s) || gpu() != Gpu::cuda || !gpu_kernel("join", "").ok) return mx::concatenate(flat, 0, s);
+  if (!on_cuda(s) || !gpu_kernel("join", "").ok) return mx::concatenate(flat, 0, s);
   Arrays joined;
   for (size_t begin = 0; begin < flat.size(); begin += AT_ONCE) {
     const int n = static_cast<int>(std::min(AT_ONCE, flat.size() - begin));

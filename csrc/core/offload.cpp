@@ -7,7 +7,7 @@
 
 #include "core/binding.h"
 #include "core/cuda_launch.h"
-#include "core/kernel.h"
+#include "core/gpu.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
@@ -28,15 +28,11 @@ Unused& unused() {
   return own;
 }
 
-bool on_cuda() {
-  return gpu() == Gpu::cuda && !on_cpu({});
-}
-
 /// Returns the stream of this thread's copies. On a CPU, this is the default stream, because a copy would
 /// gain nothing by a stream of its own.
 mx::Stream copy_stream() {
   const auto own = mx::to_stream({});
-  if (!on_cuda()) return own;
+  if (!on_cuda(own)) return own;
   thread_local std::map<int, mx::Stream> known;  // a stream belongs to the thread that has made it
   auto found = known.find(own.device.index);
   if (found == known.end()) found = known.emplace(own.device.index, mx::new_stream(own.device)).first;
@@ -96,7 +92,7 @@ HostMemory::HostMemory(size_t bytes) : data_(nullptr), size_(bytes), stream_(cop
       same.pop_back();
     }
   }
-  if (!data_) data_ = static_cast<char*>(on_cuda() ? cuda_host_memory(bytes) : std::malloc(bytes));
+  if (!data_) data_ = static_cast<char*>(on_cuda({}) ? cuda_host_memory(bytes) : std::malloc(bytes));
   if (!data_)
     throw std::runtime_error("[offload] could not get " + std::to_string(bytes) +
                              " bytes of page-locked host memory for offloaded activations: set "
@@ -131,7 +127,7 @@ void release_host_memory() {
   std::lock_guard guard(unused().lock);
   for (auto& [key, memory] : unused().memory) {
     if (key.first != own.index) continue;
-    for (char* data : memory) on_cuda() ? cuda_free_host_memory(data) : std::free(data);
+    for (char* data : memory) on_cuda(own) ? cuda_free_host_memory(data) : std::free(data);
     memory.clear();
   }
 }

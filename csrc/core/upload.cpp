@@ -27,7 +27,7 @@ mx::array device_copy(const T* numbers, size_t count) {
 
 template <typename T>
 mx::array upload(const T* numbers, size_t count) {
-  if (gpu() == Gpu::cuda && !dry_run() && !on_cpu({}) && count) return device_copy(numbers, count);
+  if (on_cuda({}) && !dry_run() && count) return device_copy(numbers, count);
   return mx::array(numbers, {static_cast<int>(count)});
 }
 

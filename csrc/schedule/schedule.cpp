@@ -54,7 +54,7 @@ class Runner {
         launch_(launch),
         watch_(watch),
         recordings_(collects_kernels() ? nullptr : recordings),
-        at_a_time_(gpu() == Gpu::cuda && !on_cpu({}) && !watch ? CUDA_MOVES : 1),
+        at_a_time_(on_cuda({}) && !watch ? CUDA_MOVES : 1),
         saved_(plan.stages.size()),
         values_(plan.values.size()),
         offloaded_values_(plan.values.size()),

@@ -32,7 +32,7 @@ struct Rows {
 };
 
 std::string unfit(const Rows& c) {
-  if (gpu() != Gpu::cuda || on_cpu(c.s)) return "this kernel exists only on CUDA";
+  if (!on_cuda(c.s)) return "this kernel exists only on CUDA";
   if (!c.count() || !c.columns()) return "table or index is empty";
   if (c.begin % 8 || c.end % 8) return "the columns must begin and end at multiples of 8";
   return unpack_unfit({c.table}, c.dtype());

@@ -141,7 +141,7 @@ Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targ
 }  // namespace
 
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h) {
-  if (on_cpu(call.s) || gpu() != Gpu::cuda) return "it needs CUDA";
+  if (!on_cuda(call.s)) return "it needs CUDA";
   if (h.dtype() != mx::float16 && h.dtype() != mx::bfloat16)
     return "its matrix units support half precision only";
   if (call.head.out() % PACK) return "the size of the vocabulary must be a multiple of 8";

@@ -215,7 +215,7 @@ mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx
   // On CUDA, MLX's quantized matrix multiplication is four times slower than dequantizing the weight once and
   // calling cuBLAS, and its kernel takes minutes to compile. On Metal it is as fast as a dense matrix
   // multiplication.
-  bool whole = x.size() / x.shape(-1) >= 16 && gpu() == Gpu::cuda && !on_cpu(s);
+  bool whole = x.size() / x.shape(-1) >= 16 && on_cuda(s);
   if (whole) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);
   // On the CPU, x is cast to float32, because MLX accumulates half-precision matrix products in half
   // precision.

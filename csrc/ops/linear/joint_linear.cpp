@@ -50,7 +50,7 @@ mx::array KeptProducts::exchange(const mx::array& z) {
 
 std::string JointLinear::unfit(const std::vector<Linear>& linears, int rows, mx::Dtype dtype,
                                mx::StreamOrDevice s) {
-  if (on_cpu(s) || gpu() != Gpu::cuda) return "it needs CUDA";
+  if (!on_cuda(s)) return "it needs CUDA";
   if (dtype != mx::float16 && dtype != mx::bfloat16) return "its matrix units support half precision only";
   if (rows < LEAST_ROWS) return "it needs at least 16 rows, because it first dequantizes the whole weight";
   std::vector<Base> bases;
@@ -215,8 +215,7 @@ const Binding joint_linear_binding([](nb::module_& m) {
       },
       "given"_a, "run"_a,
       "Calls `run`, and returns its arrays and the arrays that recomputing them can reuse. If `given` "
-      "contains "
-      "such arrays of an earlier call, uses them instead of recomputing them.");
+      "contains such arrays of an earlier call, uses them instead of recomputing them.");
 });
 
 }  // namespace segtrain

@@ -62,7 +62,7 @@ std::string cuda_unfit(const Norm& c, const mx::array& x) {
 }
 
 Way way_of(const Norm& c, const mx::array& x) {
-  return on_cpu(c.s) || gpu() != Gpu::cuda ? cpu_kernel(c.s) : gpu_kernel("rms_norm", cuda_unfit(c, x));
+  return on_cuda(c.s) ? gpu_kernel("rms_norm", cuda_unfit(c, x)) : cpu_kernel(c.s);
 }
 
 bool by_cuda(const Norm& c, const mx::array& x) {

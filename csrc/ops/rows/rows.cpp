@@ -30,7 +30,7 @@ std::string unfit(const mx::array& x, const mx::array& index) {
 mx::array take_rows(const mx::array& x, const mx::array& index, const std::string& impl,
                     mx::StreamOrDevice s) {
   check(x.ndim() > 0, "[take_rows] expected x [N, ...]; got ", x.shape(), ".");
-  const bool cuda = gpu() == Gpu::cuda && !on_cpu(s);
+  const bool cuda = on_cuda(s);
   const Way kernel = cuda ? gpu_kernel("take_rows", unfit(x, index))
                           : Way{"kernel", false, "this kernel exists only on CUDA"};
   if (choose("take_rows", impl, {kernel, {"stock", true, ""}}) == "stock") return mx::take(x, index, 0, s);
